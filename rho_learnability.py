@@ -1,0 +1,767 @@
+"""Bad Students Make Great Teachers: active learning with small proxies (Evans et al., 2312.05328).
+
+Algorithm 1. A large learner L, a small online proxy o, a small frozen reference r; per step
+  1. draw a super-batch of B = ratio * b examples                            `data.batches`
+  2. score each: learnability = loss(x | o) - loss(x | r)                    `actor_loss`, `score`
+  3. draw b of them without replacement with probability softmax(score)      `select`
+  4. update L on the sub-batch with its own loss                             `update`
+  5. update o on the same sub-batch                                          `update`
+The learner never scores and the proxy never trains on what was not picked, so that scoring costs
+what a small model costs; `step_flops` keeps the bill. Two tasks: classification (ClassAct), where
+the loss is the cross-entropy, and image-text (ActiveCLIP, ActiveSigLIP), where it is -z_im.z_txt.
+
+Dimension letters: B super-batch, N a device's share of it, S sub-batch (b), C classes, E embedding,
+H W channels of images.
+
+A minute on a CPU:       python rho_learnability.py --steps=300
+README's first table:    python rho_learnability.py --preset=fashion_mnist --seeds=0,1,2
+Settings of the paper:   python rho_learnability.py --preset=classact_L  (or activeclip_B)
+
+Where the paper is silent, a flag (sampling, temperature, scored view, staleness, kind of reference);
+where we differ: README, "Differences from the paper".
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import textwrap
+import time
+
+from absl import flags, logging
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from common import checkpoint, data, devices, report, run, vit
+from common.devices import AXIS
+
+ARMS = ("uniform", "learnability", "easy_reference", "hard_learner", "rho_loss")
+NEEDS_ACTOR = ("learnability", "hard_learner")  # the online proxy scores, and is trained
+NEEDS_REFERENCE = ("learnability", "easy_reference", "rho_loss")
+
+PRESETS = {
+    # minutes on two CPU cores
+    "toy": dict(label_noise=0.4),
+    # the README's tables
+    "fashion_mnist": dict(dataset="fashion_mnist", label_noise=0.4),
+    "emoji": dict(dataset="emoji", task="image_text", caption_noise=0.5),
+    # the paper's sizes, on generated images: give --dataset for real ones
+    "classact_L": dict(
+        image_size=224, toy_examples=4096, learner="L", proxy="Ti", patch=16, pool="gap",
+        dtype="bfloat16", ratio=2.0, temperature=1.0, sampling="gumbel", steps=1000,
+        batch_size=256, reference_scores="computed", reference_steps=100),
+    "activeclip_B": dict(
+        task="image_text", image_size=224, toy_examples=4096, learner="B", proxy="Ti", patch=16,
+        pool="map", embed=512, dtype="bfloat16", ratio=2.0, temperature=1.0, sampling="gumbel",
+        steps=1000, batch_size=256, reference_scores="computed", reference_steps=100),
+}
+
+
+def define_flags():
+    run.define_flags("rho_learnability")
+    f = flags
+    # method
+    f.DEFINE_list("arms", ["uniform", "learnability"], f"of {', '.join(ARMS)}; the first is the "
+                  "baseline")
+    f.DEFINE_float("ratio", 2.0, "B/b: super-batch over sub-batch (paper: 2 throughout)")
+    f.DEFINE_float("temperature", 1.0, "T of softmax(score / T) (paper: none printed)")
+    f.DEFINE_enum("sampling", "gumbel", ["gumbel", "replacement", "topk"], "'gumbel': without "
+                  "replacement; 'replacement'; 'topk': the b highest scores (rho_loss: always)")
+    f.DEFINE_enum("score_view", "clean", ["clean", "train"], "the view that is scored: the plain "
+                  "image, or the augmented one that will be trained on")
+    f.DEFINE_integer("staleness", 0, "age in steps of the proxy's weights that score")
+    f.DEFINE_string("reference", "in_domain", "'in_domain': trained first on the pool; 'held_out': "
+                    "on a part of it; 'online': beside the learner, on the whole super-batch; "
+                    "or a checkpoint directory of such a stage ('{seed}' is filled in)")
+    f.DEFINE_enum("reference_scores", "cached", ["cached", "computed"], "'cached': the pool is "
+                  "scored once, by example id; 'computed': each super-batch as it comes")
+    f.DEFINE_string("score_cache", None, "file of cached reference scores; '{seed}' is filled in "
+                    "(default: in the work directory)")
+    f.DEFINE_integer("reference_steps", 0, "updates of the reference; 0: as many as --steps")
+    f.DEFINE_float("reference_noise", -1.0, "label or caption noise of the reference's training "
+                   "set; -1: the pool's")
+    f.DEFINE_float("held_out_fraction", 0.5, "part of the pool that is the held-out reference's")
+    f.DEFINE_enum("actor_init", "random", ["random", "reference"], "first weights of the proxy")
+    # model
+    f.DEFINE_enum("task", "classification", ["classification", "image_text"], "ClassAct, or "
+                  "ActiveCLIP / ActiveSigLIP")
+    f.DEFINE_enum("contrastive_loss", "sigmoid", ["sigmoid", "softmax"], "of image_text")
+    f.DEFINE_string("learner", "toy", f"size: {', '.join(vit.SIZES)}, or width/depth/mlp/heads")
+    f.DEFINE_string("proxy", "mu", "size of the online proxy and of the reference")
+    f.DEFINE_integer("patch", 8, "patch side in pixels")
+    f.DEFINE_enum("pool", "gap", ["gap", "map"], "mean of the tokens, or attention pooling")
+    f.DEFINE_integer("embed", 64, "width of the joint embedding of image_text")
+    f.DEFINE_integer("context", 64, "tokens (bytes) per caption; longer ones are cut")
+    f.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the activations")
+    f.DEFINE_bool("remat", False, "recompute blocks in the backward pass: memory for time")
+    # optimisation
+    f.DEFINE_integer("steps", 1000, "updates of the learner")
+    f.DEFINE_integer("batch_size", 128, "b: examples per update")
+    f.DEFINE_float("learning_rate", 1e-3, "peak, of AdamW; linear warm-up, cosine to 0")
+    f.DEFINE_float("proxy_learning_rate", 1e-3, "peak, of the online proxy")
+    f.DEFINE_float("reference_learning_rate", 1e-3, "peak, of the reference (paper: larger when it "
+                   "is online)")
+    f.DEFINE_float("weight_decay", 1e-4, "decoupled, on matrices")
+    f.DEFINE_float("warmup", 0.05, "fraction of the steps")
+    f.DEFINE_float("label_smoothing", 0.1, "of the training loss; the score has none")
+    f.DEFINE_enum("augment", "none", ["none", "shift", "shift_flip"], "shift by up to an eighth of "
+                  "the side; flip left and right")
+
+
+# ------------------------------------------------------------------------------------- models
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A classifier (loss 'cross_entropy') or two towers (loss 'sigmoid' or 'softmax')."""
+    loss: str
+    image: vit.ViT
+    text: vit.Text = None
+
+
+def init(key, model):
+    key_image, key_text = jax.random.split(key)
+    if model.loss == "cross_entropy":
+        params = {"image": vit.vit_init(key_image, model.image)}
+        params["image"]["head"] = jax.tree.map(jnp.zeros_like, params["image"]["head"])
+        return params
+    bias = {"sigmoid": {"b": jnp.array(-10.0)}, "softmax": {}}[model.loss]
+    return {"image": vit.vit_init(key_image, model.image),
+            "text": vit.text_init(key_text, model.text), "log_t": jnp.log(10.0), **bias}
+
+
+def forward_flops(model):
+    """FLOPs (a multiply-add is two) of one forward of one example: the paper's F."""
+    return vit.vit_flops(model.image) + (vit.text_flops(model.text) if model.text else 0)
+
+
+def outputs(params, batch, model):
+    """Logits [N, C], or the pair of L2-normalised embeddings ([N, E], [N, E])."""
+    image_NHWC = batch["image"].astype(jnp.float32) / 127.5 - 1
+    y = vit.vit_apply(params["image"], image_NHWC, model.image)
+    if model.loss == "cross_entropy":
+        return y
+    unit = lambda z_NE: z_NE / (jnp.linalg.norm(z_NE, axis=-1, keepdims=True) + 1e-6)
+    return unit(y), unit(vit.text_apply(params["text"], batch["tokens"], model.text))
+
+
+# -------------------------------------------------------------------- scores (section 3, eqs 4-5)
+
+
+def actor_loss(out, batch):
+    """l_act(x | theta), per example [N]: the cross-entropy -log p(y | x), or -z_im . z_txt for a
+    pair, since the contrastive loss of a pair would depend on the rest of the batch."""
+    if isinstance(out, tuple):
+        return -jnp.einsum("ne,ne->n", *out)
+    return optax.softmax_cross_entropy_with_integer_labels(out, batch["label"])
+
+
+def score(kind, online_B, reference_B):
+    """Score [B], higher is picked sooner.
+    hard-learner l(x|o); easy-reference -l(x|r); learnability l(x|o) - l(x|r), their sum."""
+    return {"learnability": lambda: online_B - reference_B,
+            "rho_loss": lambda: online_B - reference_B,  # with the learner itself as o
+            "easy_reference": lambda: -reference_B,
+            "hard_learner": lambda: online_B}[kind]()
+
+
+def select(key, score_B, n, temperature=1.0, sampling="gumbel"):
+    """Indices [n] into the super-batch, in rising order, so that ratio 1 is the uniform run.
+
+    'gumbel': n without replacement, each draw with probability softmax(score / T) over those left:
+    the n largest of score / T + Gumbel noise. 'replacement': n independent draws. 'topk': T -> 0.
+    A score that is not a number is never preferred (top_k would put it first).
+    """
+    logit_B = jnp.nan_to_num(score_B.astype(jnp.float32), nan=-jnp.inf) / temperature
+    logit_B = jnp.clip(logit_B, -1e30, 1e30)  # finite, so that adding noise keeps an order
+    if sampling == "replacement":
+        return jnp.sort(jax.random.categorical(key, logit_B, shape=(n,)))
+    if sampling == "gumbel":
+        logit_B += jax.random.gumbel(key, logit_B.shape)
+    return jnp.sort(jax.lax.top_k(logit_B, n)[1])
+
+
+def take(x_N, index_S):
+    """Rows `index_S` (global) of an array that is sharded [N, ...] over the devices; each device
+    gets its S/n of them. Only the rows that were picked travel. Inside `pmap`."""
+    row_S = index_S - jax.lax.axis_index(AXIS) * len(x_N)
+    mine_S = (row_S >= 0) & (row_S < len(x_N))
+    x_S = x_N[jnp.clip(row_S, 0, len(x_N) - 1)]
+    x_S = jnp.where(mine_S.reshape(-1, *[1] * (x_N.ndim - 1)), x_S, 0)
+    return jax.lax.psum_scatter(x_S, AXIS, tiled=True)
+
+
+def augment(key, index_N, image_NHWC, kind):
+    """A view of each image, drawn from its place in the super-batch: the same on any device."""
+    if kind == "none":
+        return image_NHWC
+    H, W, C = image_NHWC.shape[1:]
+    reach = H // 8
+
+    def one(index, image_HWC):
+        key_shift, key_flip = jax.random.split(jax.random.fold_in(key, index))
+        top, left = jax.random.randint(key_shift, (2,), 0, 2 * reach + 1)
+        padded = jnp.pad(image_HWC, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+        view = jax.lax.dynamic_slice(padded, (top, left, 0), (H, W, C))
+        flip = (kind == "shift_flip") & jax.random.bernoulli(key_flip)
+        return jnp.where(flip, view[:, ::-1], view)
+
+    return jax.vmap(one)(index_N, image_NHWC)
+
+
+# ------------------------------------------------------------------------------------- losses
+
+
+def training_loss(out, params, batch, model, smoothing=0.0):
+    """This device's part of the training loss: the mean over its rows. Its gradient, averaged over
+    the devices, is that of the whole sub-batch's loss, negatives from all devices included."""
+    if model.loss == "cross_entropy":
+        target_SC = optax.smooth_labels(jax.nn.one_hot(batch["label"], out.shape[-1]), smoothing)
+        return optax.softmax_cross_entropy(out, target_SC).mean()
+    image_SE, text_SE = out
+    first = jax.lax.axis_index(AXIS) * len(image_SE)  # where this device's rows stand in the batch
+    if model.loss == "sigmoid":
+        return sigmoid_loss(image_SE, devices.gather(text_SE), params["log_t"], params["b"], first)
+    return 0.5 * (softmax_loss(image_SE, devices.gather(text_SE), params["log_t"], first)
+                  + softmax_loss(text_SE, devices.gather(image_SE), params["log_t"], first))
+
+
+def softmax_loss(x_SE, y_AE, log_t, first=0):
+    """One direction of InfoNCE (CLIP): row i of x against all A rows of y; its own is first + i."""
+    logits_SA = jnp.exp(log_t) * jnp.einsum("se,ae->sa", x_SE, y_AE)
+    own_S = first + jnp.arange(len(x_SE))
+    return optax.softmax_cross_entropy_with_integer_labels(logits_SA, own_S).mean()
+
+
+def sigmoid_loss(x_SE, y_AE, log_t, b, first=0):
+    """SigLIP: mean over rows i of sum over j of -log sigmoid(+-(t x_i.y_j + b)), + where j is i's."""
+    logits_SA = jnp.exp(log_t) * jnp.einsum("se,ae->sa", x_SE, y_AE) + b
+    own_S = first + jnp.arange(len(x_SE))
+    sign_SA = 2 * jax.nn.one_hot(own_S, len(y_AE)) - 1
+    return -jax.nn.log_sigmoid(sign_SA * logits_SA).sum(1).mean()
+
+
+# --------------------------------------------------------------------------- Algorithm 1, one step
+
+
+def adamw(peak, steps, *, warmup=0.05, weight_decay=1e-4):
+    """AdamW under a linear warm-up and a cosine that is 0 at `steps`; norms and biases not decayed."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, round(warmup * steps), steps, 0.0)
+    matrices = lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key == "w", params)
+    return optax.adamw(schedule, weight_decay=weight_decay, mask=matrices)
+
+
+def update(state, batch, model, optimiser, smoothing):
+    """One step of {'params', 'opt'} on a sharded batch; also the loss and the outputs before it."""
+    def loss_of(params):
+        out = outputs(params, batch, model)
+        return training_loss(out, params, batch, model, smoothing), out
+
+    (loss, out), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
+    loss, grads = devices.mean((loss, grads))
+    updates, opt = optimiser.update(grads, state["opt"], state["params"])
+    return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, loss, out
+
+
+def score_super_batch(state, index, batch_N, *, arm, learner, proxy, optimisers, smoothing=0.1,
+                      staleness=0):
+    """(state, score [B]) on every device. The state changes where the proxy's weights are kept for
+    later (staleness) and where the reference is trained on the super-batch (ClassAct-Online)."""
+    state, batch_N = dict(state), dict(batch_N)
+    online_N = reference_N = jnp.zeros(len(batch_N["image"]))
+    if arm in NEEDS_ACTOR:
+        params = state["actor"]["params"]
+        if staleness:  # a ring: slot i holds the weights of the last step that was i mod staleness
+            slot, ring = index % staleness, state["stale"]
+            state["stale"] = jax.tree.map(lambda r, new: r.at[slot].set(new), ring, params)
+            params = jax.tree.map(lambda r: r[slot], ring)
+        online_N = actor_loss(outputs(params, batch_N, proxy), batch_N)
+    if arm == "rho_loss":
+        online_N = actor_loss(outputs(state["learner"]["params"], batch_N, learner), batch_N)
+    if "reference_loss" in batch_N:  # cached
+        reference_N = batch_N["reference_loss"]
+    elif "opt" in state.get("reference", {}):  # online: one forward both scores and trains
+        state["reference"], _, out = update(
+            state["reference"], batch_N, proxy, optimisers["reference"], smoothing)
+        reference_N = actor_loss(out, batch_N)
+    elif "reference" in state:
+        reference_N = actor_loss(outputs(state["reference"]["params"], batch_N, proxy), batch_N)
+    return state, score(arm, devices.gather(online_N), devices.gather(reference_N))
+
+
+def algorithm_1(state, index, key, batch_N, *, arm, n_select, learner, proxy, optimisers,
+                smoothing=0.1, temperature=1.0, sampling="gumbel", staleness=0, score_view="clean",
+                view="none"):
+    """(state, metrics) after step `index` (from 0), inside `pmap`.
+
+    Args:
+      state: {'learner', 'actor', 'reference'}: each {'params', 'opt'} as far as the arm needs it;
+        a 'reference' without 'opt' is frozen. 'stale': the last `staleness` weights of the actor.
+      batch_N: this device's share of the super-batch: 'image' uint8 [N, H, W, channels], 'label' or
+        'tokens', bool truths that are reported on only, 'reference_loss' [N] where it is cached.
+      optimisers: {'learner', 'actor', 'reference'} -> optax optimiser.
+    """
+    key_select, key_view = jax.random.split(jax.random.fold_in(key, index))
+    truth_B = {k: devices.gather(v) for k, v in batch_N.items() if v.dtype == bool}
+    batch_N = {k: v for k, v in batch_N.items() if v.dtype != bool}
+    if score_view == "train":
+        batch_N["image"] = augment(key_view, places(batch_N), batch_N["image"], view)
+
+    # score the super-batch and pick; scores are gathered, images stay where they are
+    pick_S, batch_S, metrics = jnp.arange(n_select), batch_N, {}
+    if arm != "uniform":
+        state, score_B = score_super_batch(
+            state, index, batch_N, arm=arm, learner=learner, proxy=proxy, optimisers=optimisers,
+            smoothing=smoothing, staleness=staleness)
+        pick_S = select(key_select, score_B, n_select, temperature,
+                        "topk" if arm == "rho_loss" else sampling)
+        batch_S = {k: take(v, pick_S) for k, v in batch_N.items()}
+        metrics = {"score_pool": score_B.mean(), "score_pool_sd": score_B.std(),
+                   "score_picked": score_B[pick_S].mean()}
+    if score_view == "clean":
+        batch_S["image"] = augment(key_view, pick_S[places(batch_S)], batch_S["image"], view)
+
+    # both models train on what was picked, and on nothing else
+    state = dict(state)
+    state["learner"], loss, _ = update(
+        state["learner"], batch_S, learner, optimisers["learner"], smoothing)
+    if "actor" in state:
+        state["actor"], metrics["actor_loss"], _ = update(
+            state["actor"], batch_S, proxy, optimisers["actor"], smoothing)
+    for k, v_B in truth_B.items():
+        metrics |= {f"picked_{k}": v_B[pick_S].mean(), f"pool_{k}": v_B.mean()}
+    return state, {"loss": loss, **metrics}
+
+
+def places(batch_N):
+    """Where this device's rows stand in the whole batch: int [N]."""
+    n = len(batch_N["image"])
+    return jax.lax.axis_index(AXIS) * n + jnp.arange(n)
+
+
+def step_flops(arm, batch_size, ratio, F_L, F_p, reference):
+    """FLOPs of one step by role (the paper's cost model; a training step is three forwards).
+
+    F_L, F_p: `forward_flops` of learner and proxy. `reference`: 'cached' (nothing per step),
+    'computed', 'online', or None for an arm that has none.
+    """
+    b, B = batch_size, round(batch_size * ratio)
+    has_actor = arm in NEEDS_ACTOR
+    return {
+        "learner": 3 * b * F_L,
+        "actor_scoring": B * F_L if arm == "rho_loss" else B * F_p if has_actor else 0,
+        "actor_training": 3 * b * F_p if has_actor else 0,
+        # an operation each: subtract, divide, add noise, and log2(B) comparisons to place it
+        "selection": 0 if arm == "uniform" else B * (3 + max(B, 2).bit_length()),
+        "reference_scoring": B * F_p if reference == "computed" else 0,
+        # online: trained on the super-batch, the same forward scores it
+        "reference_training": 3 * B * F_p if reference == "online" else 0,
+    }
+
+
+# --------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(params, forward, pool, batch_size, model):
+    """Metrics on all of a pool. `forward(params, sharded batch)` is the pmapped `outputs`, gathered.
+
+    Classification: accuracy and cross-entropy. Image-text: recall at 1 and 10 of the right caption
+    from an image and back (a caption that reads the same is right too), and the two's mean.
+    """
+    parts = [got for got, _ in forward_all(params, forward, pool, batch_size)]
+    got = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    out = got["out"]
+    if model.loss == "cross_entropy":
+        return {"accuracy": float((out.argmax(1) == got["label"]).mean()),
+                "eval_loss": float(np.mean(actor_loss(out, got)))}
+    _, text_B = np.unique(got["tokens"], axis=0, return_inverse=True)
+    metrics = {}
+    for k in (1, 10):
+        way = [recall(x, y, text_B.reshape(-1), k) for x, y in (out, out[::-1])]
+        metrics |= {f"image_to_text@{k}": way[0], f"text_to_image@{k}": way[1],
+                    f"recall@{k}": sum(way) / 2}
+    return metrics
+
+
+def recall(query_BE, key_BE, text_B, k, block=2048):
+    """Fraction of queries with a right key (the same text) among their k most similar ones."""
+    hits = 0
+    for i in range(0, len(query_BE), block):
+        near = np.argpartition(-query_BE[i:i + block] @ key_BE.T, min(k, len(key_BE)) - 1)[:, :k]
+        hits += (text_B[near] == text_B[i:i + block, None]).any(1).sum()
+    return float(hits / len(query_BE))
+
+
+def make_forward(model):
+    """Program (params, sharded batch) -> the outputs as 'out', and what came along, gathered."""
+    def forward(params, batch):
+        return {**{k: devices.gather(v) for k, v in batch.items() if k != "image"},
+                "out": jax.tree.map(devices.gather, outputs(params, batch, model))}
+    return devices.Program(forward, in_axes=(None, 0))
+
+
+def forward_all(params, forward, pool, batch_size):
+    """Yields (what `forward` gives for a batch, on the host; seconds on the device) over a pool."""
+    for batch in data.sweep(pool, batch_size, (jax.process_index(), jax.process_count())):
+        batch = devices.shard({k: batch[k] for k in ("image", "label", "tokens", "valid")
+                               if k in batch})
+        forward.compile(params, batch)
+        begin = time.perf_counter()
+        got = jax.device_get(forward(params, batch))
+        seconds, valid = time.perf_counter() - begin, got.pop("valid")
+        yield jax.tree.map(lambda x: x[valid], got), seconds
+
+
+# -------------------------------------------------------------------------------------- stages
+
+
+def fit(name, seed, step, state, batches, *, steps, batch_size, n_scored, per_step, one_off,
+        setup_seconds, metrics_of, config, metrics_file, stop):
+    """Trains from the last checkpoint to the end: a flat loop. Returns the state.
+
+    Args: `step(state, index, key, batch)` is a devices.Program; `batches(start)` yields sharded
+      batches from step `start` on; per_step, one_off: FLOPs by role; `metrics_of(state)` evaluates.
+    """
+    key = jax.random.key(seed)
+    saved = checkpoint.Checkpoints(os.path.join(config.workdir, "checkpoints", f"{name}-{seed}"))
+    start, books = saved.latest() or 0, None
+    if start:
+        state, books = saved.restore(state)
+    if start >= steps:
+        saved.close()
+        return state
+    if jax.process_index() == 0:
+        metrics_file.rewind(name, seed, start)
+    books = run.Books(f"{name} seed {seed}", steps, batch_size, books)
+    save_every = config.checkpoint_every or config.eval_every
+
+    for index, batch in enumerate(batches(start), start):
+        step.compile(state, np.int32(index), key, batch)  # once, and off the clock
+        books.resume_clock(index)
+        state, metrics = step(state, np.int32(index), key, batch)
+        books.push(index, metrics)
+        done = index + 1
+        flops = {k: one_off.get(k, 0) + done * per_step.get(k, 0) for k in {**per_step, **one_off}}
+        evaluate_now = done % config.eval_every == 0 or done == steps
+        stopping = bool(stop) if jax.process_count() == 1 or evaluate_now else False
+        if evaluate_now:
+            books.stop_clock()
+            row = {
+                "arm": name, "seed": seed, "step": done, "examples_trained": done * batch_size,
+                "examples_scored": done * n_scored, "seconds": books.seconds,
+                "setup_seconds": setup_seconds, "flops": flops, **books.row(), **metrics_of(state)}
+            if jax.process_index() == 0:
+                metrics_file.append(row)
+        if done % save_every == 0 or done == steps or stopping:
+            books.stop_clock()
+            saved.save(done, state, {**books.state(), "flops": report.total_flops(flops)})
+        if stopping and done < steps:
+            saved.close()
+            books.close()
+            raise run.Stopped(f"stopped after step {done} of {name}, seed {seed}, which is saved: "
+                              "the same command goes on from there")
+    saved.close()
+    books.close()
+    return state
+
+
+def new_state(key, model, optimiser):
+    params = init(key, model)
+    return {"params": params, "opt": optimiser.init(params)}
+
+
+def score_pool(params, pool, forward, batch_size, path):
+    """Losses [len(pool)] of every example of a pool under a frozen reference, in the order of its
+    ids, and the seconds it took; cached in the npz file `path` with what made them.
+
+    Raises: ValueError if the file there was made by other weights, another view or other labels.
+    """
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(jax.device_get(params)):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    made_by = {"weights": digest.hexdigest(), "view": "clean", "data": pool.identity(),
+               "ids": hashlib.sha256(pool.ids.tobytes()).hexdigest()}
+    if os.path.exists(path):
+        try:
+            with np.load(path) as f:
+                theirs, loss, seconds = json.loads(str(f["made_by"])), f["loss"], f["seconds"]
+        except Exception as e:
+            raise ValueError(f"--score_cache: {path} is damaged ({type(e).__name__}): delete it") from None
+        differ = [k for k in made_by if theirs.get(k) != made_by[k]]
+        if differ:
+            raise ValueError(f"--score_cache: {path} was made with other {' and '.join(differ)}: "
+                             "delete it, or name another")
+        return loss, float(seconds)
+
+    parts = [(np.asarray(actor_loss(got["out"], got)), seconds)
+             for got, seconds in forward_all(params, forward, pool, batch_size)]
+    loss, seconds = np.concatenate([x for x, _ in parts]), sum(s for _, s in parts)
+    if jax.process_index() == 0:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        np.savez(path + ".tmp.npz", made_by=json.dumps(made_by), id=pool.ids, loss=loss, seconds=seconds)
+        os.replace(path + ".tmp.npz", path)
+    return loss, seconds
+
+
+# ------------------------------------------------------------------------------------ picture
+
+
+def choose(arm, seed, pool, state, losses, config, learner, proxy, optimisers, n):
+    """Scores and picks on one more super-batch, after the last step: (ids [B], score [B], picks)."""
+    index = config.steps
+    host = (jax.process_index(), jax.process_count())
+    batch = next(data.batches(pool, seed=seed, batch_size=n, start=index, stop=index + 1, host=host))
+    ids = data.batch_ids(pool.ids, seed, index, n)
+    if losses is not None:
+        batch["reference_loss"] = losses[np.searchsorted(pool.ids, batch["id"])]
+
+    def pick(state, key, batch_N):
+        _, score_B = score_super_batch(state, index, batch_N, arm=arm, learner=learner, proxy=proxy,
+                                       optimisers=optimisers, smoothing=config.label_smoothing,
+                                       staleness=config.staleness)
+        return score_B, select(key, score_B, config.batch_size, config.temperature,
+                               "topk" if arm == "rho_loss" else config.sampling)
+    batch = {k: v for k, v in batch.items() if k in ("image", "label", "tokens", "reference_loss")}
+    score_B, pick_S = jax.device_get(devices.pmap(pick, (None, None, 0))(
+        state, jax.random.fold_in(jax.random.key(seed), index), devices.shard(batch)))
+    return ids, score_B, pick_S
+
+
+def draw_picks(rows, ids, score_B, pick_S, *, pool, arm, path, columns=12):
+    """picks.png: a random dozen of what the arm takes and one of what it leaves, best score first,
+    and the fractions of planted examples it picked over time."""
+    from matplotlib import figure, gridspec
+    fig = figure.Figure(figsize=(14, 6.6), layout="constrained")
+    grid = gridspec.GridSpec(4, columns, figure=fig, height_ratios=[1, 1, 0.08, 1.5])
+    rng = np.random.default_rng(0)
+    left = np.setdiff1d(np.arange(len(ids)), pick_S)
+    for r, (title, some) in enumerate((("takes", np.unique(pick_S)), ("leaves", left))):
+        some = rng.permutation(some)[:columns]
+        some = some[np.argsort(-score_B[some])]
+        if not len(some):  # at ratio 1 nothing is left
+            continue
+        batch = pool.read(ids[some])
+        for c, (image, noisy, k) in enumerate(zip(batch["image"], batch["noisy"], some)):
+            ax = fig.add_subplot(grid[r, c], xticks=[], yticks=[])
+            ax.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+            (donor,) = pool.donor(ids[k:k + 1])
+            says = pool.source.describe(donor)
+            ax.set_title(f"{score_B[k]:+.2f}", fontsize=9)
+            ax.set_xlabel(textwrap.fill(says if len(says) < 34 else says[:31] + "...", 17),
+                          fontsize=8, color="#D55E00" if noisy else "black")
+            for spine in ax.spines.values():
+                spine.set(color="#D55E00" if noisy else "black", linewidth=2.5 if noisy else 0.6)
+            if c == 0:
+                ax.set_ylabel(title, fontsize=12)
+    report.selection_curves(fig.add_subplot(grid[3, :]), rows)
+    fig.suptitle(f"What {arm} takes and leaves of one super-batch, after training: score above, the "
+                 "label or caption as given below; orange: it is wrong")
+    fig.savefig(path, dpi=110)
+
+
+# --------------------------------------------------------------------------------------- main
+
+
+def check(config):
+    """Raises ValueError, naming the flag, for what cannot work whatever the data."""
+    def want(ok, flag, what):
+        if not ok:
+            raise ValueError(f"--{flag}={config[flag]}: want {what}")
+
+    for arm in config.arms:
+        if arm not in ARMS:
+            raise ValueError(f"--arms: {arm!r} is none of {', '.join(ARMS)}")
+    want(config.arms and len(set(config.arms)) == len(config.arms), "arms", "each arm once")
+    want(config.ratio >= 1, "ratio", "at least 1 (the super-batch holds the sub-batch)")
+    want(config.temperature > 0, "temperature", "more than 0 (for T -> 0 there is --sampling=topk)")
+    for flag in ("steps", "batch_size", "patch", "embed"):
+        want(config[flag] >= 1, flag, "at least 1")
+    for flag in ("staleness", "reference_steps"):
+        want(config[flag] >= 0, flag, "at least 0")
+    for flag in ("learning_rate", "reference_learning_rate"):
+        want(config[flag] > 0, flag, "more than 0")
+    want(0 < config.held_out_fraction < 1, "held_out_fraction", "a fraction between 0 and 1")
+    want(config.reference_noise == -1 or 0 <= config.reference_noise <= 1, "reference_noise",
+         "a fraction from 0 to 1, or -1 for the pool's")
+    want(0 <= config.warmup < 1, "warmup", "a fraction below 1")
+    want(config.context >= 2, "context", "at least 2")
+    want((config.ratio * config.batch_size).is_integer(), "ratio", "a whole super-batch: "
+         f"ratio * batch_size is {config.ratio * config.batch_size}")
+    want(config.score_view == "clean" or config.reference_scores == "computed" or
+         config.augment == "none" or config.reference == "online", "reference_scores",
+         "'computed' with --score_view=train: a view that changes cannot be cached")
+    want(config.actor_init == "random" or config.reference != "online", "actor_init",
+         "'random' with an online reference")
+    noise, other = (("label_noise", "caption_noise") if config.task == "classification"
+                    else ("caption_noise", "label_noise"))
+    if config[other]:
+        raise ValueError(f"--{other}={config[other]}: --task={config.task} does not read it; "
+                         f"give --{noise}")
+    divides = {"batch_size": config.batch_size,
+               "ratio * batch_size": round(config.ratio * config.batch_size)}
+    devices.divides(**divides)
+
+
+def build_models(config, source):
+    """(learner, proxy): the reference is the proxy's twin."""
+    image_size = source.image_shape[0]
+    if image_size % config.patch:
+        raise ValueError(f"--patch={config.patch} does not divide the image side {image_size}")
+    shared = dict(pool=config.pool, dtype=config.dtype, remat=config.remat)
+    n_out = config.embed if config.task == "image_text" else len(source.class_names)
+    loss = config.contrastive_loss if config.task == "image_text" else "cross_entropy"
+
+    def model(flag):
+        try:
+            vit.size(config[flag])
+        except ValueError as e:
+            raise ValueError(f"--{flag}: {e}") from None
+        image = vit.ViT(config[flag], image_size, config.patch, n_out, source.image_shape[2], **shared)
+        text = vit.Text(config[flag], data.VOCAB, config.context, config.embed, **shared)
+        return Model(loss, image, text if config.task == "image_text" else None)
+    return model("learner"), model("proxy")
+
+
+def initial_state(arm, key, learner, proxy, optimisers, *, reference=None, params=None,
+                  actor_init="random", staleness=0):
+    """The state of `algorithm_1` before step 0. The learner is the same for every arm.
+
+    reference: 'computed' (frozen `params`, scored in the step), 'online' (trained in it), 'cached'
+    (its losses come with the batch) or None.
+    """
+    key_learner, key_actor, key_reference = jax.random.split(key, 3)
+    state = {"learner": new_state(key_learner, learner, optimisers["learner"])}
+    if reference == "online":
+        state["reference"] = new_state(key_reference, proxy, optimisers["reference"])
+    if reference == "computed":
+        state["reference"] = {"params": params}
+    if arm in NEEDS_ACTOR:
+        state["actor"] = new_state(key_actor, proxy, optimisers["actor"])
+        if actor_init == "reference" and params is not None:
+            state["actor"]["params"] = params
+        if staleness:
+            state["stale"] = jax.tree.map(lambda x: jnp.stack([x] * staleness),
+                                          state["actor"]["params"])
+    return state
+
+
+def make_step(arm, config, learner, proxy, steps, learning_rate):
+    """`algorithm_1` as a Program (state, index, key, sharded batch) -> (state, metrics)."""
+    rule = functools.partial(adamw, warmup=config.warmup, weight_decay=config.weight_decay)
+    optimisers = {"learner": rule(learning_rate, steps),
+                  "actor": rule(config.proxy_learning_rate, steps),
+                  "reference": rule(config.reference_learning_rate, steps)}
+    step = functools.partial(
+        algorithm_1, arm=arm, n_select=config.batch_size, learner=learner, proxy=proxy,
+        optimisers=optimisers, smoothing=config.label_smoothing, temperature=config.temperature,
+        sampling=config.sampling, staleness=config.staleness, score_view=config.score_view,
+        view=config.augment)
+    return devices.Program(step, (None, None, None, 0), donate_argnums=0), optimisers
+
+
+def main():
+    config = run.resolve(PRESETS)
+    devices.start(config.coordinator, config.num_processes, config.process_id)
+    check(config)
+    text = config.task == "image_text"
+    source, test_source = (data.open_source(
+        config.dataset, split, data_dir=config.data_dir, image_size=config.image_size,
+        context=config.context if text else 0, need=("caption",) if text else ("label",),
+        toy_knobs=run.toy_knobs(config)) for split in (config.split, config.eval_split))
+    learner, proxy = build_models(config, source)
+    run.open_workdir(config)
+    metrics_file = report.MetricsFile(os.path.join(config.workdir, "metrics.jsonl"))
+    stop, forwards = run.Stop(), {m: make_forward(m) for m in (learner, proxy)}
+    test_pool, host = data.Pool(test_source), (jax.process_index(), jax.process_count())
+    fields = ("image", "tokens" if text else "label", "reference_loss", *data.TRUTHS)
+    b, B = config.batch_size, round(config.ratio * config.batch_size)
+    F_L, F_p = forward_flops(learner), forward_flops(proxy)
+    steps = {"reference": config.reference_steps or config.steps}
+    programs = {"reference": make_step("uniform", config, proxy, proxy, steps["reference"],
+                                       config.reference_learning_rate)}
+    for arm in config.arms:
+        steps[arm] = config.steps
+        programs[arm] = make_step(arm, config, learner, proxy, config.steps, config.learning_rate)
+    noise = config.caption_noise if text else config.label_noise
+
+    def train(name, seed, pool, state, model, *, per_step, n_scored=b, losses=None, **rest):
+        """One stage or arm: loads its batches, cached reference losses among them, and fits."""
+        def load(start):
+            for batch in data.batches(pool, seed=seed, batch_size=n_scored, start=start,
+                                      stop=steps[name], host=host):
+                if losses is not None:
+                    batch["reference_loss"] = losses[np.searchsorted(pool.ids, batch["id"])]
+                yield devices.shard({k: batch[k] for k in fields if k in batch})
+        return fit(name, seed, programs[name][0], state, load, steps=steps[name], batch_size=b,
+                   n_scored=n_scored, per_step=per_step, config=config, stop=stop,
+                   metrics_file=metrics_file, **rest, metrics_of=lambda state: evaluate(
+                       state["learner"]["params"], forwards[model], test_pool, b, model))
+
+    def frozen_reference(seed, whole, pool):
+        """Weights, cached losses of `pool` (or None), FLOPs by role and seconds they all took."""
+        if config.reference in ("in_domain", "held_out"):
+            on = whole.replant(config.reference_noise) if config.reference_noise >= 0 else whole
+            on = on.subset(np.setdiff1d(whole.ids, pool.ids)) if len(pool) < len(whole) else on
+            state = {"learner": new_state(jax.random.key(seed + 1), proxy,
+                                          programs["reference"][1]["learner"])}
+            train("reference", seed, on, state, proxy, one_off={}, setup_seconds=0.0, per_step={
+                "reference_training": 3 * b * F_p})
+            where = os.path.join(config.workdir, "checkpoints", f"reference-{seed}")
+        else:
+            where = config.reference.format(seed=seed)
+        like = jax.eval_shape(lambda: init(jax.random.key(0), proxy))
+        params, books = checkpoint.restore_params(where, like, "reference")
+        flops, seconds, losses = {"reference_training": books["flops"]}, books["seconds"], None
+        if config.reference_scores == "cached":
+            path = config.score_cache or os.path.join(config.workdir, "scores-{seed}.npz")
+            losses, took = score_pool(params, pool, forwards[proxy], b, path.format(seed=seed))
+            flops["reference_scoring"], seconds = len(pool) * F_p, seconds + took
+        return params, losses, flops, seconds
+
+    shown = None
+    for seed in config.seeds:
+        whole = data.Pool(source, noise=noise, field="tokens" if text else "label", seed=seed)
+        rest = (whole.subset(data.split(whole.ids, config.held_out_fraction, seed)[1])
+                if config.reference == "held_out" else whole)
+        reference = None
+        for arm in config.arms:
+            params, losses, one_off, seconds, kind = None, None, {}, 0.0, None
+            if arm in NEEDS_REFERENCE and config.reference == "online":
+                kind = "online"
+            elif arm in NEEDS_REFERENCE:
+                kind = config.reference_scores
+                reference = reference or frozen_reference(seed, whole, rest)
+                params, losses, one_off, seconds = reference
+            state = initial_state(
+                arm, jax.random.key(seed), learner, proxy, programs[arm][1], reference=kind,
+                params=params, actor_init=config.actor_init, staleness=config.staleness)
+            pool, n_scored = (whole, b) if arm == "uniform" else (rest, B)
+            state = train(
+                arm, seed, pool, state, learner, n_scored=n_scored, losses=losses, one_off=one_off,
+                setup_seconds=seconds, per_step=step_flops(arm, b, config.ratio, F_L, F_p, kind))
+            if shown is None and arm != "uniform":
+                shown = (arm, seed, rest, state, losses)
+
+    if shown:
+        chosen = choose(*shown, config, learner, proxy, programs[shown[0]][1], B)
+    if jax.process_index() == 0:
+        rows = [r for r in metrics_file.rows() if r["arm"] != "reference"]
+        summary = report.summarise(rows, script="rho_learnability", arms=config.arms,
+                                   dataset=os.path.basename(config.dataset.rstrip("/")),
+                                   metric="recall@1" if text else "accuracy")
+        report.write_json(os.path.join(config.workdir, "summary.json"), summary)
+        report.curves(rows, summary, os.path.join(config.workdir, "curves.png"))
+        if shown:
+            draw_picks(rows, *chosen, pool=shown[2], arm=shown[0],
+                       path=os.path.join(config.workdir, "picks.png"))
+        print(report.table(summary))
+
+
+if __name__ == "__main__":
+    define_flags()
+    run.main(main)
