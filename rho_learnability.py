@@ -759,7 +759,7 @@ def main():
         if shown:
             draw_picks(rows, *chosen, pool=shown[2], arm=shown[0],
                        path=os.path.join(config.workdir, "picks.png"))
-        print(report.table(summary))
+        print(report.table(summary), report.bill(summary), sep="\n\n")
 
 
 if __name__ == "__main__":

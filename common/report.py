@@ -186,6 +186,11 @@ def summarise(rows, *, script: str, dataset: str, metric: str, arms) -> dict:
             "examples_scored": total.pop("examples_scored"),
             "flops": {k: float(np.mean([r["flops"].get(k, 0.0) for r in last])) for k in roles},
             **total}  # seconds, and setup_seconds where there are any
+        every = [r for seed_rows in e.values() for r in seed_rows]
+        whole_run = {k: float(np.mean([_float(r[k]) for r in every])) for k in numeric
+                     if k.startswith(("picked_", "pool_"))}
+        if whole_run:
+            summary["arms"][arm]["picked"] = whole_run
     if arms[0] in evaluations:
         target, baseline = _target(_by_step(evaluations[arms[0]]), metric)
         for arm in list(evaluations)[1:]:
@@ -242,7 +247,7 @@ def table(summary: dict) -> str:
     for arm, s in summary["speedup"].items():
         text.append(_speedup_line(arm, next(iter(arms)), s))
     for arm, a in arms.items():
-        mean = {k: v["mean"] for k, v in a["final"].items() if v["mean"] is not None}
+        mean = a.get("picked", {})  # over the whole run
         picks = [f"{100 * mean[f'picked_{k}']:.0f} % {k} (pool {100 * mean[f'pool_{k}']:.0f} %)"
                  for k in KINDS if f"picked_{k}" in mean and f"pool_{k}" in mean]
         if picks:
@@ -250,6 +255,20 @@ def table(summary: dict) -> str:
     if summary["speedup"]:
         text.append("(the arm's schedule has not decayed where it crosses; the baseline's has)")
     return "\n".join(text).rstrip()
+
+
+def bill(summary: dict) -> str:
+    """FLOPs of each arm by role, and at each level relative to the baseline's, over whole runs."""
+    arms = summary["arms"]
+    roles = list(dict.fromkeys(role for a in arms.values() for role in a["flops"]))
+    base = total_flops(next(iter(arms.values()))["flops"])
+    lines = [["FLOPs of a run", *arms], ["-" * 14, *("-" * len(arm) for arm in arms)]]
+    lines += [[role, *(_si(a["flops"].get(role, 0.0)) for a in arms.values())] for role in roles]
+    lines += [[f"{level} / baseline", *(f"{total_flops(a['flops'], level) / base:.3f}"
+                                        for a in arms.values())] for level in LEVELS]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([name.ljust(widths[0]), *(
+        c.rjust(w) for c, w in zip(cells, widths[1:]))]) for name, *cells in lines)
 
 
 # --------------------------------------------------------------------------------- the pictures
