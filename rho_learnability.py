@@ -107,7 +107,9 @@ def define_flags():
                    "is online)")
     f.DEFINE_float("weight_decay", 1e-4, "decoupled, on matrices")
     f.DEFINE_float("warmup", 0.05, "fraction of the steps")
-    f.DEFINE_float("label_smoothing", 0.1, "of the training loss; the score has none")
+    f.DEFINE_float("label_smoothing", 0.1, "of the learner's training loss")
+    f.DEFINE_float("proxy_label_smoothing", 0.0, "of the proxy's and the reference's; the score's "
+                   "loss has none")
     f.DEFINE_enum("augment", "none", ["none", "shift", "shift_flip"], "shift by up to an eighth of "
                   "the side; flip left and right")
 
@@ -268,8 +270,8 @@ def update(state, batch, model, optimiser, smoothing):
     return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, loss, out
 
 
-def score_super_batch(state, index, batch_N, *, arm, learner, proxy, optimisers, smoothing=0.1,
-                      staleness=0):
+def score_super_batch(state, index, batch_N, *, arm, learner, proxy, optimisers,
+                      proxy_smoothing=0.0, staleness=0):
     """(state, score [B]) on every device. The state changes where the proxy's weights are kept for
     later (staleness) and where the reference is trained on the super-batch (ClassAct-Online)."""
     state, batch_N = dict(state), dict(batch_N)
@@ -287,7 +289,7 @@ def score_super_batch(state, index, batch_N, *, arm, learner, proxy, optimisers,
         reference_N = batch_N["reference_loss"]
     elif "opt" in state.get("reference", {}):  # online: one forward both scores and trains
         state["reference"], _, out = update(
-            state["reference"], batch_N, proxy, optimisers["reference"], smoothing)
+            state["reference"], batch_N, proxy, optimisers["reference"], proxy_smoothing)
         reference_N = actor_loss(out, batch_N)
     elif "reference" in state:
         reference_N = actor_loss(outputs(state["reference"]["params"], batch_N, proxy), batch_N)
@@ -295,8 +297,8 @@ def score_super_batch(state, index, batch_N, *, arm, learner, proxy, optimisers,
 
 
 def algorithm_1(state, index, key, batch_N, *, arm, n_select, learner, proxy, optimisers,
-                smoothing=0.1, temperature=1.0, sampling="gumbel", staleness=0, score_view="clean",
-                view="none"):
+                smoothing=0.1, proxy_smoothing=0.0, temperature=1.0, sampling="gumbel", staleness=0,
+                score_view="clean", view="none"):
     """(state, metrics) after step `index` (from 0), inside `pmap`.
 
     Args:
@@ -317,7 +319,7 @@ def algorithm_1(state, index, key, batch_N, *, arm, n_select, learner, proxy, op
     if arm != "uniform":
         state, score_B = score_super_batch(
             state, index, batch_N, arm=arm, learner=learner, proxy=proxy, optimisers=optimisers,
-            smoothing=smoothing, staleness=staleness)
+            proxy_smoothing=proxy_smoothing, staleness=staleness)
         pick_S = select(key_select, score_B, n_select, temperature,
                         "topk" if arm == "rho_loss" else sampling)
         batch_S = {k: take(v, pick_S) for k, v in batch_N.items()}
@@ -332,7 +334,7 @@ def algorithm_1(state, index, key, batch_N, *, arm, n_select, learner, proxy, op
         state["learner"], batch_S, learner, optimisers["learner"], smoothing)
     if "actor" in state:
         state["actor"], metrics["actor_loss"], _ = update(
-            state["actor"], batch_S, proxy, optimisers["actor"], smoothing)
+            state["actor"], batch_S, proxy, optimisers["actor"], proxy_smoothing)
     for k, v_B in truth_B.items():
         metrics |= {f"picked_{k}": v_B[pick_S].mean(), f"pool_{k}": v_B.mean()}
     return state, {"loss": loss, **metrics}
@@ -522,8 +524,8 @@ def choose(arm, seed, pool, state, losses, config, learner, proxy, optimisers, n
 
     def pick(state, key, batch_N):
         _, score_B = score_super_batch(state, index, batch_N, arm=arm, learner=learner, proxy=proxy,
-                                       optimisers=optimisers, smoothing=config.label_smoothing,
-                                       staleness=config.staleness)
+                                       optimisers=optimisers, staleness=config.staleness,
+                                       proxy_smoothing=config.proxy_label_smoothing)
         return score_B, select(key, score_B, config.batch_size, config.temperature,
                                "topk" if arm == "rho_loss" else config.sampling)
     batch = {k: v for k, v in batch.items() if k in ("image", "label", "tokens", "reference_loss")}
@@ -588,6 +590,8 @@ def check(config):
     want(0 < config.held_out_fraction < 1, "held_out_fraction", "a fraction between 0 and 1")
     want(config.reference_noise == -1 or 0 <= config.reference_noise <= 1, "reference_noise",
          "a fraction from 0 to 1, or -1 for the pool's")
+    for flag in ("label_smoothing", "proxy_label_smoothing"):
+        want(0 <= config[flag] < 1, flag, "a fraction below 1")
     want(0 <= config.warmup < 1, "warmup", "a fraction below 1")
     want(config.context >= 2, "context", "at least 2")
     want((config.ratio * config.batch_size).is_integer(), "ratio", "a whole super-batch: "
@@ -650,17 +654,18 @@ def initial_state(arm, key, learner, proxy, optimisers, *, reference=None, param
     return state
 
 
-def make_step(arm, config, learner, proxy, steps, learning_rate):
-    """`algorithm_1` as a Program (state, index, key, sharded batch) -> (state, metrics)."""
+def make_step(arm, config, learner, proxy, steps, learning_rate, smoothing):
+    """`algorithm_1` as a Program (state, index, key, sharded batch) -> (state, metrics), and its
+    optimisers."""
     rule = functools.partial(adamw, warmup=config.warmup, weight_decay=config.weight_decay)
     optimisers = {"learner": rule(learning_rate, steps),
                   "actor": rule(config.proxy_learning_rate, steps),
                   "reference": rule(config.reference_learning_rate, steps)}
     step = functools.partial(
         algorithm_1, arm=arm, n_select=config.batch_size, learner=learner, proxy=proxy,
-        optimisers=optimisers, smoothing=config.label_smoothing, temperature=config.temperature,
-        sampling=config.sampling, staleness=config.staleness, score_view=config.score_view,
-        view=config.augment)
+        optimisers=optimisers, smoothing=smoothing, proxy_smoothing=config.proxy_label_smoothing,
+        temperature=config.temperature, sampling=config.sampling, staleness=config.staleness,
+        score_view=config.score_view, view=config.augment)
     return devices.Program(step, (None, None, None, 0), donate_argnums=0), optimisers
 
 
@@ -683,10 +688,12 @@ def main():
     F_L, F_p = forward_flops(learner), forward_flops(proxy)
     steps = {"reference": config.reference_steps or config.steps}
     programs = {"reference": make_step("uniform", config, proxy, proxy, steps["reference"],
-                                       config.reference_learning_rate)}
+                                       config.reference_learning_rate,
+                                       config.proxy_label_smoothing)}
     for arm in config.arms:
         steps[arm] = config.steps
-        programs[arm] = make_step(arm, config, learner, proxy, config.steps, config.learning_rate)
+        programs[arm] = make_step(arm, config, learner, proxy, config.steps, config.learning_rate,
+                                  config.label_smoothing)
     noise = config.caption_noise if text else config.label_noise
 
     def train(name, seed, pool, state, model, *, per_step, n_scored=b, losses=None, **rest):
