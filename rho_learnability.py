@@ -45,7 +45,7 @@ NEEDS_REFERENCE = ("learnability", "easy_reference", "rho_loss")
 
 PRESETS = {
     # minutes on two CPU cores
-    "toy": dict(label_noise=0.4),
+    "toy": dict(label_noise=0.4, caption_noise=0.4),
     # the README's tables
     "fashion_mnist": dict(dataset="fashion_mnist", label_noise=0.4),
     "emoji": dict(dataset="emoji", task="image_text", caption_noise=0.5),
@@ -100,6 +100,8 @@ def define_flags():
     f.DEFINE_bool("remat", False, "recompute blocks in the backward pass: memory for time")
     # optimisation
     f.DEFINE_integer("steps", 1000, "updates of the learner")
+    f.DEFINE_integer("active_steps", 0, "updates in every arm but uniform, whose schedule then ends "
+                     "there; 0: as many as --steps")
     f.DEFINE_integer("batch_size", 128, "b: examples per update")
     f.DEFINE_float("learning_rate", 1e-3, "peak, of AdamW; linear warm-up, cosine to 0")
     f.DEFINE_float("proxy_learning_rate", 1e-3, "peak, of the online proxy")
@@ -422,14 +424,13 @@ def forward_all(params, forward, pool, batch_size):
 # -------------------------------------------------------------------------------------- stages
 
 
-def fit(name, seed, step, state, batches, *, steps, batch_size, n_scored, per_step, one_off,
+def fit(name, seed, step, state, key, batches, *, steps, batch_size, n_scored, per_step, one_off,
         setup_seconds, metrics_of, config, metrics_file, stop):
     """Trains from the last checkpoint to the end: a flat loop. Returns the state.
 
     Args: `step(state, index, key, batch)` is a devices.Program; `batches(start)` yields sharded
       batches from step `start` on; per_step, one_off: FLOPs by role; `metrics_of(state)` evaluates.
     """
-    key = jax.random.key(seed)
     saved = checkpoint.Checkpoints(os.path.join(config.workdir, "checkpoints", f"{name}-{seed}"))
     start, books = saved.latest() or 0, None
     if start:
@@ -488,12 +489,13 @@ def score_pool(params, pool, forward, batch_size, path):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     made_by = {"weights": digest.hexdigest(), "view": "clean", "data": pool.identity(),
                "ids": hashlib.sha256(pool.ids.tobytes()).hexdigest()}
-    if os.path.exists(path):
+    if devices.agree(os.path.exists(path)):
         try:
             with np.load(path) as f:
                 theirs, loss, seconds = json.loads(str(f["made_by"])), f["loss"], f["seconds"]
         except Exception as e:
-            raise ValueError(f"--score_cache: {path} is damaged ({type(e).__name__}): delete it") from None
+            raise ValueError(
+                f"--score_cache: {path} is damaged ({type(e).__name__}): delete it") from None
         differ = [k for k in made_by if theirs.get(k) != made_by[k]]
         if differ:
             raise ValueError(f"--score_cache: {path} was made with other {' and '.join(differ)}: "
@@ -505,7 +507,8 @@ def score_pool(params, pool, forward, batch_size, path):
     loss, seconds = np.concatenate([x for x, _ in parts]), sum(s for _, s in parts)
     if jax.process_index() == 0:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        np.savez(path + ".tmp.npz", made_by=json.dumps(made_by), id=pool.ids, loss=loss, seconds=seconds)
+        np.savez(path + ".tmp.npz", made_by=json.dumps(made_by), id=pool.ids, loss=loss,
+                 seconds=seconds)
         os.replace(path + ".tmp.npz", path)
     return loss, seconds
 
@@ -515,7 +518,7 @@ def score_pool(params, pool, forward, batch_size, path):
 
 def choose(arm, seed, pool, state, losses, config, learner, proxy, optimisers, n):
     """Scores and picks on one more super-batch, after the last step: (ids [B], score [B], picks)."""
-    index = config.steps
+    index = config.steps  # the same super-batch for every arm
     host = (jax.process_index(), jax.process_count())
     batch = next(data.batches(pool, seed=seed, batch_size=n, start=index, stop=index + 1, host=host))
     ids = data.batch_ids(pool.ids, seed, index, n)
@@ -569,8 +572,9 @@ def draw_picks(rows, ids, score_B, pick_S, *, pool, arm, path, columns=12):
 # --------------------------------------------------------------------------------------- main
 
 
-def check(config):
-    """Raises ValueError, naming the flag, for what cannot work whatever the data."""
+def check(config, typed=()):
+    """Raises ValueError, naming the flag, for what cannot work whatever the data. `typed`: the
+    flags that were given."""
     def want(ok, flag, what):
         if not ok:
             raise ValueError(f"--{flag}={config[flag]}: want {what}")
@@ -583,7 +587,7 @@ def check(config):
     want(config.temperature > 0, "temperature", "more than 0 (for T -> 0 there is --sampling=topk)")
     for flag in ("steps", "batch_size", "patch", "embed"):
         want(config[flag] >= 1, flag, "at least 1")
-    for flag in ("staleness", "reference_steps"):
+    for flag in ("staleness", "reference_steps", "active_steps"):
         want(config[flag] >= 0, flag, "at least 0")
     for flag in ("learning_rate", "reference_learning_rate"):
         want(config[flag] > 0, flag, "more than 0")
@@ -601,11 +605,9 @@ def check(config):
          "'computed' with --score_view=train: a view that changes cannot be cached")
     want(config.actor_init == "random" or config.reference != "online", "actor_init",
          "'random' with an online reference")
-    noise, other = (("label_noise", "caption_noise") if config.task == "classification"
-                    else ("caption_noise", "label_noise"))
-    if config[other]:
-        raise ValueError(f"--{other}={config[other]}: --task={config.task} does not read it; "
-                         f"give --{noise}")
+    for flag in typed:
+        if flag == ("label_noise" if config.task == "image_text" else "caption_noise"):
+            raise ValueError(f"--{flag} is not read by --task={config.task}: give the other noise")
     divides = {"batch_size": config.batch_size,
                "ratio * batch_size": round(config.ratio * config.batch_size)}
     devices.divides(**divides)
@@ -670,15 +672,19 @@ def make_step(arm, config, learner, proxy, steps, learning_rate, smoothing):
 
 
 def main():
-    config = run.resolve(PRESETS)
+    config, typed = run.resolve(PRESETS)
     devices.start(config.coordinator, config.num_processes, config.process_id)
-    check(config)
+    check(config, typed)
     text = config.task == "image_text"
     source, test_source = (data.open_source(
         config.dataset, split, data_dir=config.data_dir, image_size=config.image_size,
         context=config.context if text else 0, need=("caption",) if text else ("label",),
         toy_knobs=run.toy_knobs(config)) for split in (config.split, config.eval_split))
     learner, proxy = build_models(config, source)
+    like = jax.eval_shape(lambda: init(jax.random.key(0), proxy))
+    if config.reference not in ("in_domain", "held_out", "online"):
+        for seed in config.seeds:  # said before any work is done
+            checkpoint.restore_params(config.reference.format(seed=seed), like, "reference")
     run.open_workdir(config)
     metrics_file = report.MetricsFile(os.path.join(config.workdir, "metrics.jsonl"))
     stop, forwards = run.Stop(), {m: make_forward(m) for m in (learner, proxy)}
@@ -691,12 +697,12 @@ def main():
                                        config.reference_learning_rate,
                                        config.proxy_label_smoothing)}
     for arm in config.arms:
-        steps[arm] = config.steps
-        programs[arm] = make_step(arm, config, learner, proxy, config.steps, config.learning_rate,
+        steps[arm] = (arm != "uniform" and config.active_steps) or config.steps
+        programs[arm] = make_step(arm, config, learner, proxy, steps[arm], config.learning_rate,
                                   config.label_smoothing)
     noise = config.caption_noise if text else config.label_noise
 
-    def train(name, seed, pool, state, model, *, per_step, n_scored=b, losses=None, **rest):
+    def train(name, seed, pool, state, key, model, *, per_step, n_scored=b, losses=None, **rest):
         """One stage or arm: loads its batches, cached reference losses among them, and fits."""
         def load(start):
             for batch in data.batches(pool, seed=seed, batch_size=n_scored, start=start,
@@ -704,24 +710,23 @@ def main():
                 if losses is not None:
                     batch["reference_loss"] = losses[np.searchsorted(pool.ids, batch["id"])]
                 yield devices.shard({k: batch[k] for k in fields if k in batch})
-        return fit(name, seed, programs[name][0], state, load, steps=steps[name], batch_size=b,
+        return fit(name, seed, programs[name][0], state, key, load, steps=steps[name], batch_size=b,
                    n_scored=n_scored, per_step=per_step, config=config, stop=stop,
                    metrics_file=metrics_file, **rest, metrics_of=lambda state: evaluate(
                        state["learner"]["params"], forwards[model], test_pool, b, model))
 
-    def frozen_reference(seed, whole, pool):
+    def frozen_reference(seed, whole, pool, key_init, key_steps):
         """Weights, cached losses of `pool` (or None), FLOPs by role and seconds they all took."""
         if config.reference in ("in_domain", "held_out"):
             on = whole.replant(config.reference_noise) if config.reference_noise >= 0 else whole
             on = on.subset(np.setdiff1d(whole.ids, pool.ids)) if len(pool) < len(whole) else on
-            state = {"learner": new_state(jax.random.key(seed + 1), proxy,
+            state = {"learner": new_state(jax.random.split(key_init, 3)[2], proxy,
                                           programs["reference"][1]["learner"])}
-            train("reference", seed, on, state, proxy, one_off={}, setup_seconds=0.0, per_step={
+            train("reference", seed, on, state, key_steps, proxy, one_off={}, setup_seconds=0.0, per_step={
                 "reference_training": 3 * b * F_p})
             where = os.path.join(config.workdir, "checkpoints", f"reference-{seed}")
         else:
             where = config.reference.format(seed=seed)
-        like = jax.eval_shape(lambda: init(jax.random.key(0), proxy))
         params, books = checkpoint.restore_params(where, like, "reference")
         flops, seconds, losses = {"reference_training": books["flops"]}, books["seconds"], None
         if config.reference_scores == "cached":
@@ -735,6 +740,7 @@ def main():
         whole = data.Pool(source, noise=noise, field="tokens" if text else "label", seed=seed)
         rest = (whole.subset(data.split(whole.ids, config.held_out_fraction, seed)[1])
                 if config.reference == "held_out" else whole)
+        key_init, key_steps = jax.random.split(jax.random.key(seed))
         reference = None
         for arm in config.arms:
             params, losses, one_off, seconds, kind = None, None, {}, 0.0, None
@@ -742,14 +748,14 @@ def main():
                 kind = "online"
             elif arm in NEEDS_REFERENCE:
                 kind = config.reference_scores
-                reference = reference or frozen_reference(seed, whole, rest)
+                reference = reference or frozen_reference(seed, whole, rest, key_init, key_steps)
                 params, losses, one_off, seconds = reference
             state = initial_state(
-                arm, jax.random.key(seed), learner, proxy, programs[arm][1], reference=kind,
+                arm, key_init, learner, proxy, programs[arm][1], reference=kind,
                 params=params, actor_init=config.actor_init, staleness=config.staleness)
             pool, n_scored = (whole, b) if arm == "uniform" else (rest, B)
             state = train(
-                arm, seed, pool, state, learner, n_scored=n_scored, losses=losses, one_off=one_off,
+                arm, seed, pool, state, key_steps, learner, n_scored=n_scored, losses=losses, one_off=one_off,
                 setup_seconds=seconds, per_step=step_flops(arm, b, config.ratio, F_L, F_p, kind))
             if shown is None and arm != "uniform":
                 shown = (arm, seed, rest, state, losses)

@@ -54,6 +54,14 @@ def divides(**batch_sizes):
                              f"give a positive multiple of {n}")
 
 
+def agree(flag):
+    """Process 0's answer on every host, where a file may appear between two hosts' looks at it."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+    return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+
+
 def to_host(tree):
     """A copy in numpy: donation may overwrite the buffer that a mere view would show."""
     return jax.tree.map(np.array, tree)

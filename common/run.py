@@ -77,7 +77,8 @@ def main(script_main):
 
 
 def resolve(presets):
-    """The flags as a namespace: what was typed, else the preset's value, else the default.
+    """(flags as a namespace, names of those that were typed): what was typed, else the preset's
+    value, else the default.
 
     `presets`: name -> {flag: value}. `--preset=list` prints them and leaves.
     """
@@ -89,6 +90,7 @@ def resolve(presets):
         sys.exit(0)
     if values.preset not in presets:
         raise ValueError(f"--preset={values.preset}: want one of {', '.join(presets)} or list")
+    typed = [name for name in values if values[name].present]
     for name, value in presets[values.preset].items():
         if not values[name].present:
             values[name].value = value
@@ -105,7 +107,7 @@ def resolve(presets):
     for name, least in (("eval_every", 1), ("checkpoint_every", 0), ("image_size", 0)):
         if config[name] < least:
             raise ValueError(f"--{name}={config[name]}: want at least {least}")
-    return config
+    return config, typed
 
 
 class Namespace(dict):

@@ -1,0 +1,617 @@
+"""The command as its user meets it: what it writes, what it refuses, what a kill leaves behind.
+
+Every run is a process of its own, as small as it can be; those that do not need each other share
+the work directory of a fixture, and all share one compilation cache.
+"""
+
+import concurrent.futures
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rho_learnability
+from common import report
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "rho_learnability.py"
+MODEL = ("--learner=16/1/32/2", "--proxy=8/1/16/1", "--patch=16")
+TINY = ("--toy_examples=600", "--steps=9", "--batch_size=8", "--eval_every=3", "--staleness=2",
+        *MODEL)  # staleness: so that old weights too must come back after a kill
+THREE = "--arms=uniform,learnability,hard_learner"
+CLOCKS = ("seconds", "setup_seconds")
+LIMIT = 600  # seconds that any one process may take; none comes near on an idle machine
+
+
+# ------------------------------------------------------------------------------------ processes
+
+
+class Process:
+    """The command, started; its output goes to files, so that no pipe can fill up."""
+
+    def __init__(self, flags, environment, out):
+        self.out, self.err = out.with_suffix(".out"), out.with_suffix(".err")
+        with open(self.out, "wb") as stdout, open(self.err, "wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, SCRIPT, *map(str, flags)], cwd=ROOT, env=environment,
+                stdout=stdout, stderr=stderr)
+
+    def wait_for(self, condition):
+        """Returns as soon as `condition()` is true; the process must not have ended before."""
+        end = time.monotonic() + LIMIT
+        while not condition():
+            assert self.process.poll() is None, f"ended too early:\n{self.stderr}"
+            assert time.monotonic() < end, f"nothing came:\n{self.stderr}"
+            time.sleep(0.002)
+
+    def finish(self, timeout=LIMIT):
+        try:
+            self.process.wait(timeout)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+        self.code = self.process.returncode
+        return self
+
+    @property
+    def stdout(self):
+        return self.out.read_text()
+
+    @property
+    def stderr(self):
+        return self.err.read_text(errors="replace")
+
+    @property
+    def errors(self):
+        return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+
+
+class Command:
+    def __init__(self, directory):
+        self.directory, self.count = directory, 0
+
+    def start(self, *flags, devices=1, **environment):
+        """A Process. Logs and warnings may be on stderr; `devices` are forced CPU devices."""
+        self.count += 1
+        kept = {k: v for k, v in os.environ.items()
+                if k not in ("XLA_FLAGS", "DEBUG") and not k.startswith(("JAX_", "SLURM_"))}
+        return Process(flags, {
+            **kept, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PJRT_NPROC": "16",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # programs this small compile longer than they run
+            "JAX_COMPILATION_CACHE_DIR": str(self.directory / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", **environment},
+            self.directory / f"{self.count:03d}")
+
+    def run(self, *flags, **kwargs):
+        return self.start(*flags, **kwargs).finish()
+
+    def good(self, *flags, **kwargs):
+        done = self.run(*flags, **kwargs)
+        assert done.code == 0, done.stderr
+        return done
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    return Command(tmp_path_factory.mktemp("command"))
+
+
+def assert_refused(done, *words, code=2):
+    """One line that says `error: ` and all of `words`; no traceback."""
+    assert "Traceback" not in done.stderr, done.stderr
+    assert len(done.errors) == 1, done.stderr
+    for word in words:
+        assert re.search(word, done.errors[0]), f"{word!r} is not in: {done.errors[0]}"
+    assert len(done.errors[0]) < 600
+    assert done.code == code, done.stderr
+
+
+def rows(workdir):
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def has_row(workdir, arm, step):
+    def condition():
+        path = workdir / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return f'"arm": "{arm}", "seed": 0, "step": {step},' in text
+    return condition
+
+
+def without_clocks(some_rows):
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in some_rows]
+
+
+def trained(workdir, name):
+    """Arrays of the last checkpoint of an arm or stage (parameters, optimiser, stale weights)."""
+    import jax
+    import orbax.checkpoint as ocp
+    (last,) = (p for p in (workdir / "checkpoints" / name).iterdir() if p.name.isdigit())
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(last.resolve() / "state")
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return int(last.name), {jax.tree_util.keystr(k): np.asarray(v) for k, v in leaves}
+
+
+def assert_same_run(workdir, other):
+    """Rows and last checkpoints of seed 0, bit for bit; only the clocks may differ."""
+    seed_0 = [[r for r in rows(w) if r["seed"] == 0] for w in (workdir, other)]
+    assert seed_0[0] and without_clocks(seed_0[0]) == without_clocks(seed_0[1])
+    names, theirs = (sorted(p.name for p in (w / "checkpoints").glob("*-0")) for w in (workdir, other))
+    assert names == theirs and len(names) == 4
+    for name in names:
+        (step, mine), (other_step, theirs) = trained(workdir, name), trained(other, name)
+        assert step == other_step and mine.keys() == theirs.keys()
+        assert any("learner" in k for k in mine)
+        for k in mine:
+            np.testing.assert_array_equal(mine[k], theirs[k], err_msg=f"{name} {k}")
+
+
+# ----------------------------------------------------------------- a run, and the same one again
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory):
+    """(work directory, Process) of the default arms, trained."""
+    workdir = tmp_path_factory.mktemp("finished") / "deep" / "run"
+    return workdir, command.good(*TINY, f"--workdir={workdir}")
+
+
+def test_a_run_leaves_what_the_interface_says(finished):
+    workdir, done = finished
+    assert {p.name for p in workdir.iterdir()} >= {
+        "config.json", "metrics.jsonl", "summary.json", "curves.png", "picks.png", "checkpoints"}
+    assert not done.errors and "Traceback" not in done.stderr
+
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["flags"]["steps"] == 9 and config["flags"]["label_noise"] == 0.4  # the preset's
+    assert config["flags"]["seeds"] == [0] and config["flags"]["temperature"] == 1.0
+    assert {"python", "jax", "commit", "devices"} <= config.keys() and len(config["devices"]) == 1
+
+    got = rows(workdir)
+    assert [(r["arm"], r["step"]) for r in got] == [
+        (arm, step) for arm in ("uniform", "reference", "learnability") for step in (3, 6, 9)]
+    for row in got:
+        assert set(report.BOOKKEEPING) <= row.keys()
+        assert row["examples_trained"] == 8 * row["step"] and row["seconds"] > 0
+        assert row["examples_scored"] == row["examples_trained"] * (
+            2 if row["arm"] == "learnability" else 1)
+        assert all(n >= 0 for n in row["flops"].values()) and np.isfinite(row["loss"])
+        assert 0 <= row["accuracy"] <= 1
+    for before, after in zip(got, got[1:]):
+        if before["arm"] != after["arm"]:
+            continue
+        assert after["seconds"] > before["seconds"]
+        assert sum(after["flops"].values()) > sum(before["flops"].values())
+
+    for picture in ("curves.png", "picks.png"):
+        data = (workdir / picture).read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 10_000
+
+
+def test_the_summary_has_the_interface_s_form(finished):
+    workdir, done = finished
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary.keys() == {"script", "dataset", "metric", "arms", "speedup"}
+    assert (summary["script"], summary["dataset"], summary["metric"]) == (
+        "rho_learnability", "toy", "accuracy")
+    assert list(summary["arms"]) == ["uniform", "learnability"]
+    last = {row["arm"]: row for row in rows(workdir)}
+    for arm, entry in summary["arms"].items():
+        assert entry.keys() >= {"final", "examples_trained", "examples_scored", "flops", "seconds"}
+        assert entry["final"]["accuracy"] == {"mean": last[arm]["accuracy"], "sd": 0.0, "n": 1}
+        assert entry["examples_scored"] == last[arm]["examples_scored"]
+        assert entry["flops"] == last[arm]["flops"] and entry["seconds"] == last[arm]["seconds"]
+    assert list(summary["speedup"]) == ["learnability"]
+    entry = summary["speedup"]["learnability"]
+    assert entry.keys() >= {"target", "reached", "iterations", "examples_scored", "seconds", "flops"}
+    assert list(entry["flops"]) == ["fully_amortised", "foundation_dataset", "pretrained_reference",
+                                    "no_amortisation"]
+    assert entry["target"] == max(r["accuracy"] for r in rows(workdir) if r["arm"] == "uniform")
+    assert "learnability reaches uniform's best" in done.stdout or entry["reached"] == 0
+    assert re.search(r"^uniform +\d\.\d+ ", done.stdout, re.M)
+
+
+@pytest.fixture(scope="module")
+def again(command, finished):
+    """(the files before, the same command's Process, the files after, its training clocks)."""
+    workdir, _ = finished
+    files = lambda: {str(p.relative_to(workdir)): (p.read_bytes(), p.stat().st_mtime_ns)
+                     for p in workdir.rglob("*") if p.is_file()}
+    before = files()
+    return before, command.good(*TINY, f"--workdir={workdir}"), files()
+
+
+def test_the_same_command_again_only_reports(finished, again):
+    before, done, after = again
+    assert before.keys() == after.keys()
+    for name in before:  # the modification time too: nothing was trained, scored or rewritten
+        if name == "metrics.jsonl" or name.startswith(("checkpoints", "scores")):
+            assert before[name] == after[name], name
+    for name in ("summary.json", "curves.png", "picks.png"):
+        assert before[name][0] == after[name][0], f"{name} changed"
+        assert before[name][1] < after[name][1], f"{name} was not made again"
+    assert done.stdout == finished[1].stdout
+
+
+def test_other_flags_in_the_same_directory_are_named(command, finished, again):
+    workdir, _ = finished
+    before = (workdir / "config.json").read_bytes(), (workdir / "metrics.jsonl").read_bytes()
+    done = command.run(*TINY, f"--workdir={workdir}", "--ratio=3", "--learning_rate=0.5")
+    assert_refused(done, r"--ratio \(was 2.0, now 3.0\)", r"--learning_rate \(was 0.001, now 0.5\)",
+                   "--workdir=")
+    assert "--steps" not in done.errors[0]
+    assert before == ((workdir / "config.json").read_bytes(), (workdir / "metrics.jsonl").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def extended(command, finished, tmp_path_factory):
+    """A copy of the finished work directory, taken up with one more arm and one more seed."""
+    workdir = tmp_path_factory.mktemp("extended") / "copy"
+    shutil.copytree(finished[0], workdir)
+    command.good(*TINY, f"--workdir={workdir}", THREE, "--seeds=0,1")
+    return workdir
+
+
+def test_more_seeds_and_arms_extend_a_directory(finished, extended):
+    was, now = rows(finished[0]), rows(extended)
+    assert now[:len(was)] == was
+    assert {(r["arm"], r["seed"]) for r in now[len(was):]} == {
+        ("hard_learner", 0), ("uniform", 1), ("reference", 1), ("learnability", 1),
+        ("hard_learner", 1)}
+    summary = json.loads((extended / "summary.json").read_text())
+    assert list(summary["arms"]) == ["uniform", "learnability", "hard_learner"]
+    assert all(entry["final"]["accuracy"]["n"] == 2 for entry in summary["arms"].values())
+
+
+# -------------------------------------------------------------------------- prepared data sets
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """name -> the directory of a small prepared set: 'labelled', with images of several sizes, and
+    'captioned', which has no labels."""
+    pytest.importorskip("importlib_resources")  # TFDS wants it to prepare a set
+    import PIL.Image
+    import tensorflow_datasets as tfds
+    n = {"train": 48, "test": 16}
+
+    def images(split, sizes):
+        """Encoded: given an array, TFDS would call TensorFlow to encode it."""
+        rng = np.random.default_rng(len(split))
+        for i in range(n[split]):
+            image = rng.integers(0, 256, (*sizes[i % len(sizes)], 3), np.uint8)
+            png = io.BytesIO()
+            PIL.Image.fromarray(image).save(png, "PNG")
+            yield i, io.BytesIO(png.getvalue())
+
+    class Labelled(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.ClassLabel(names=["ant", "bee", "cat"])}))
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(split) for split in n}
+
+        def _generate_examples(self, split):
+            for i, image in images(split, [(16, 16), (24, 19), (16, 40)]):
+                yield i, {"image": image, "label": i % 3}
+
+    class Captioned(Labelled):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+                "image": tfds.features.Image(shape=(16, 16, 3)),
+                "caption": tfds.features.Text()}))
+
+        def _generate_examples(self, split):
+            for i, image in images(split, [(16, 16)]):
+                yield i, {"image": image, "caption": f"picture {i} of a {'bee' if i % 2 else 'cat'}"}
+
+    data_dir = tmp_path_factory.mktemp("prepared")
+    out = {}
+    for name, kind in (("labelled", Labelled), ("captioned", Captioned)):
+        builder = kind(data_dir=data_dir, file_format="array_record")
+        builder.download_and_prepare()
+        out[name] = Path(builder.data_dir)
+    return out
+
+
+FEW = ("--steps=4", "--batch_size=8", "--eval_every=2", *MODEL)
+
+
+def test_a_prepared_set_trains_classification(command, prepared, tmp_path):
+    """Images of several sizes, --image_size, noise in the labels, and sub-splits."""
+    workdir = tmp_path / "run"
+    command.good(*FEW, f"--dataset={prepared['labelled']}", "--image_size=16", "--arms=learnability",
+                 "--eval_split=test[:12]", "--split=train[:40]", "--label_noise=0.5",
+                 f"--workdir={workdir}")
+    last = rows(workdir)[-1]
+    assert last["arm"] == "learnability" and last["step"] == 4
+    assert (last["accuracy"] * 12).is_integer() and np.isfinite(last["loss"])
+    assert 0 < last["pool_noisy"] < 1
+    assert (workdir / "picks.png").exists()
+    with np.load(workdir / "scores-0.npz") as scores:
+        assert scores["id"].tolist() == list(range(40)) and scores["loss"].shape == (40,)
+
+
+def test_a_prepared_set_trains_image_text(command, prepared, tmp_path):
+    workdir = tmp_path / "run"
+    command.good(*FEW, f"--dataset={prepared['captioned']}", "--task=image_text", "--label_noise=0",
+                 "--caption_noise=0.5", "--context=24", "--embed=8", "--arms=learnability",
+                 f"--workdir={workdir}")
+    last = rows(workdir)[-1]
+    assert last["arm"] == "learnability" and last["step"] == 4 and np.isfinite(last["loss"])
+    assert (last["recall@1"] * 32).is_integer()  # two ways over 16 test images
+    assert 0 < last["pool_noisy"] < 1
+    assert json.loads((workdir / "summary.json").read_text())["metric"] == "recall@1"
+
+
+# --------------------------------------------------------------------------------- what is refused
+
+IMAGE_TEXT = ("--task=image_text", "--label_noise=0")
+REFUSED = {  # flags, then what the line must name: the flag or file, and the mend
+    "unknown arm": (["--arms=uniform,magic"], "--arms", "'magic'", "learnability"),
+    "an arm twice": (["--arms=uniform,uniform"], "--arms", "once"),
+    "no arm": (["--arms="], "--arms"),
+    "no seed": (["--seeds="], "--seeds"),
+    "seed that is no number": (["--seeds=0,x"], "--seeds", "integers"),
+    "negative seed": (["--seeds=-1"], "--seeds"),
+    "unknown preset": (["--preset=huge"], "--preset", "classact_L", "list"),
+    "stray argument": (["steps=3"], "'steps=3'", "--name=value"),
+    "set that is not prepared": (["--dataset=mnist", "--data_dir={empty}"], "--dataset=mnist",
+                                 "not prepared", "pip install tensorflow", "--data_dir"),
+    "path that is not there": (["--dataset={empty}/nowhere/1.0.0"], "--dataset=.*nowhere"),
+    "directory that is no set": (["--dataset={empty}"], "--dataset="),
+    "no captions": (["--dataset={labelled}", "--image_size=16", *IMAGE_TEXT], "--dataset",
+                    "no feature 'caption'", "label", "--task"),
+    "no labels": (["--dataset={captioned}"], "--dataset", "no feature 'label'", "caption", "--task"),
+    "images of several sizes": (["--dataset={labelled}"], "--dataset", "--image_size"),
+    "unknown split": (["--dataset={captioned}", *IMAGE_TEXT, "--split=trian"], "split.*trian",
+                      "train"),
+    "unknown split of toy": (["--eval_split=val"], "split.*val", "train, test"),
+    "empty split": (["--dataset={captioned}", *IMAGE_TEXT, "--split=train[5:5]"],
+                    r"split.*train\[5:5\]", "no example"),
+    "devices do not divide b": (["--batch_size=6"], "--batch_size=6", "4 devices", "multiple of 4"),
+    "devices do not divide B": (["--ratio=1.25"], "ratio", "4 devices", "multiple of 4"),
+    "ratio below 1": (["--ratio=0.5"], "--ratio=0.5", "at least 1"),
+    "part of an example": (["--ratio=1.2"], "--ratio=1.2", "batch_size", "whole"),
+    "temperature 0": (["--temperature=0"], "--temperature=0", "more than 0", "--sampling=topk"),
+    "patch": (["--patch=12"], "--patch=12", "32"),
+    "model size": (["--proxy=huge"], "--proxy", "'huge'", "toy"),
+    "model size in numbers": (["--learner=16/1/32/3"], "--learner", "heads", "width"),
+    "label noise": (["--label_noise=1.5"], "--label_noise=1.5", "0 to 1"),
+    "noise of the other task": (["--caption_noise=0.5"], "--caption_noise=0.5", "--label_noise"),
+    "noise of the other task, text": (["--task=image_text", "--label_noise=0.5"],
+                                      "--label_noise=0.5", "--caption_noise"),
+    "no reference": (["--reference={empty}/nowhere"], "--reference=.*nowhere", "no such"),
+    "empty reference": (["--reference={empty}"], "--reference=", "no checkpoint"),
+    "reference of another size": (["--reference={reference}", "--proxy=16/1/16/1"], "--reference=",
+                                  "another size"),
+    "reference in part": (["--reference={gutted}"], "--reference=.*gutted", "damaged"),
+    "reference cut short": (["--reference={cut}"], "--reference=.*cut", "damaged"),
+}
+
+
+def gut(checkpoint, how):
+    """Damages the state of the one checkpoint in a directory: half its files 'gone' or all 'cut'."""
+    (last,) = (p for p in checkpoint.iterdir() if p.name.isdigit())
+    files = sorted(p for p in (last / "state").rglob("*") if p.is_file())
+    for path in files[::2] if how == "gone" else files:
+        if how == "gone":
+            path.unlink()
+        else:
+            os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.fixture(scope="module")
+def refusals(command, finished, prepared, tmp_path_factory):
+    """name in REFUSED -> future of (Process, its work directory); a few run side by side."""
+    place = tmp_path_factory.mktemp("refused")
+    (place / "empty").mkdir()
+    reference = finished[0] / "checkpoints" / "reference-0"
+    for name, how in (("gutted", "gone"), ("cut", "cut")):
+        shutil.copytree(reference, place / name)
+        gut(place / name, how)
+    paths = {**prepared, "reference": reference,
+             **{name: place / name for name in ("empty", "gutted", "cut")}}
+
+    def one(i, name):
+        workdir = place / f"workdir-{i}"
+        flags = [re.sub(r"\{(\w+)\}", lambda m: str(paths[m[1]]), f) for f in REFUSED[name][0]]
+        devices = 4 if name.startswith("devices") else 1
+        done = command.start(*TINY, f"--workdir={workdir}", *flags, devices=devices)
+        return done.finish(), workdir
+
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        yield {name: executor.submit(one, i, name) for i, name in enumerate(REFUSED)}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_any_work(refusals, name):
+    done, workdir = refusals[name].result()
+    assert_refused(done, *REFUSED[name][1:])
+    # nor is the directory taken: the command with its flag mended may use it
+    assert not workdir.exists(), sorted(p.name for p in workdir.rglob("*"))
+
+
+def test_a_damaged_checkpoint_of_the_run_itself(command, finished, again, tmp_path):
+    old, _ = finished
+    workdir = tmp_path / "copy"
+    shutil.copytree(old, workdir)
+    gut(workdir / "checkpoints" / "learnability-0", "cut")
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert_refused(command.run(*TINY, f"--workdir={workdir}"), "learnability-0", "damaged", "delete")
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+    shutil.rmtree(workdir / "checkpoints" / "learnability-0")  # what the line says
+    command.good(*TINY, f"--workdir={workdir}")
+    assert without_clocks(rows(workdir)) == without_clocks(rows(old))
+
+
+def test_score_caches_that_do_not_fit(command, finished, tmp_path):
+    """Damaged, or made by other weights: the file is named, and left as it is."""
+    old, _ = finished
+    (tmp_path / "damaged.npz").write_bytes((old / "scores-0.npz").read_bytes()[:300])
+    with np.load(old / "scores-0.npz") as f:
+        fields = dict(f)
+    made_by = json.loads(str(fields["made_by"]))
+    fields["made_by"] = json.dumps({**made_by, "weights": "0" * 64})
+    np.savez(tmp_path / "foreign.npz", **fields)
+    for name, words in (("damaged", ["damaged", "delete"]),
+                        ("foreign", ["other weights", "delete"])):
+        path, workdir = tmp_path / f"{name}.npz", tmp_path / name
+        before = path.read_bytes()
+        done = command.run(*TINY, f"--workdir={workdir}", f"--score_cache={path}",
+                           f"--reference={old}/checkpoints/reference-{{seed}}")
+        assert_refused(done, "--score_cache", str(path), *words)
+        assert path.read_bytes() == before
+        assert not workdir.exists(), "found only after the baseline had been trained"
+
+
+# --------------------------------------------------------------------------------- cut short
+
+def test_kills_change_nothing(command, extended, tmp_path):
+    """kill -9 in the baseline, while the reference saves, right after a row, and in the last arm."""
+    workdir = tmp_path / "run"
+    saving = lambda: (any("tmp" in p.name for p in workdir.glob("checkpoints/reference-0/*"))
+                      or has_row(workdir, "reference", 9)())
+    for moment in (has_row(workdir, "uniform", 3), saving, has_row(workdir, "learnability", 6),
+                   has_row(workdir, "hard_learner", 3)):
+        running = command.start(*TINY, THREE, f"--workdir={workdir}")
+        running.wait_for(moment)
+        running.process.kill()
+        running.finish()
+        assert running.code == -signal.SIGKILL
+    assert not has_row(workdir, "hard_learner", 9)()
+    command.good(*TINY, THREE, f"--workdir={workdir}")
+    assert_same_run(workdir, extended)
+
+
+def test_signals_save_and_say_how_to_go_on(command, extended, tmp_path):
+    """SIGTERM in the one arm, SIGINT in the next; both between two evaluations."""
+    workdir = tmp_path / "run"
+    for number, arm in ((signal.SIGTERM, "learnability"), (signal.SIGINT, "hard_learner")):
+        running = command.start(*TINY, THREE, f"--workdir={workdir}")
+        running.wait_for(has_row(workdir, arm, 3))
+        running.process.send_signal(number)
+        running.finish()
+        assert running.code == 130, running.stderr
+        assert "Traceback" not in running.stderr and not running.errors
+        (line,) = (line for line in running.stderr.splitlines() if "stopped after step" in line)
+        assert "same command" in line
+        step, = re.search(r"after step (\d+) of " + arm, line).groups()
+        assert 3 < int(step) < 9 and trained(workdir, f"{arm}-0")[0] == int(step)
+        assert not (workdir / "summary.json").exists()
+    command.good(*TINY, THREE, f"--workdir={workdir}")
+    assert_same_run(workdir, extended)
+
+
+def test_a_loss_that_is_not_finite(command, tmp_path):
+    workdir = tmp_path / "run"
+    # the first step of the warm-up has rate 0, so step 1 is sound; the second ruins the weights
+    flags = (*TINY, f"--workdir={workdir}", "--learning_rate=1e30", "--warmup=0.5", "--eval_every=1",
+             "--arms=uniform")
+    done = command.run(*flags)
+    assert_refused(done, "uniform", "seed 0", r"loss of step \d is (nan|inf)", code=3)
+    failed = int(re.search(r"step (\d)", done.errors[0])[1])
+    assert [r["step"] for r in rows(workdir)] == list(range(1, failed + 1))
+    step, arrays = trained(workdir, "uniform-0")
+    assert 1 <= step <= failed and all(np.isfinite(x).all() for x in arrays.values())
+    assert_refused(command.run(*flags), *[re.escape(done.errors[0])], code=3)  # goes on, and ends, there
+
+
+# --------------------------------------------------------------------------------- several hosts
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start_two(command, common, per_process=((), ())):
+    port = free_port()
+    return [command.start(*common, f"--coordinator=localhost:{port}", "--num_processes=2",
+                          f"--process_id={i}", *per_process[i], devices=2) for i in range(2)]
+
+
+def test_two_hosts_are_one(command, prepared, tmp_path):
+    """Two processes of two devices give what one of four gives."""
+    flags = (*FEW, f"--dataset={prepared['labelled']}", "--image_size=16", "--label_noise=0.5",
+             "--ratio=2.5", "--batch_size=8")
+    one, two = tmp_path / "one", tmp_path / "two"
+    command.good(*flags, f"--workdir={one}", devices=4)
+    hosts = [p.finish() for p in start_two(command, (*flags, f"--workdir={two}"))]
+    assert [p.code for p in hosts] == [0, 0], hosts[0].stderr + hosts[1].stderr
+    assert "learnability" in hosts[0].stdout and not hosts[1].stdout
+
+    def layout(workdir):
+        inner = {f"checkpoints/{p.name}" for p in (workdir / "checkpoints").iterdir()}
+        return {p.name for p in workdir.iterdir()} | inner
+    assert layout(one) == layout(two)
+    assert json.loads((two / "config.json").read_text())["hosts"] == 2
+    got, want = rows(two), rows(one)
+    assert [(r["arm"], r["step"]) for r in got] == [(r["arm"], r["step"]) for r in want]
+    for mine, theirs in zip(got, want):
+        assert mine.keys() == theirs.keys()
+        for k in mine.keys() - set(CLOCKS):
+            if isinstance(mine[k], float) and not k.startswith(("picked_", "pool_")):
+                assert mine[k] == pytest.approx(theirs[k], rel=1e-5, abs=1e-5), (mine["arm"], k)
+            else:
+                assert mine[k] == theirs[k], (mine["arm"], k)
+    for name in ("uniform-0", "learnability-0"):
+        (_, mine), (_, theirs) = trained(two, name), trained(one, name)
+        assert mine.keys() == theirs.keys()
+        for k in mine:
+            np.testing.assert_allclose(mine[k], theirs[k], rtol=1e-3, atol=1e-4, err_msg=k)
+
+
+def test_a_bad_flag_on_one_host_ends_both(command, prepared, tmp_path):
+    """The host that refuses says why; the other does not wait for it for minutes."""
+    flags = (*FEW, f"--dataset={prepared['labelled']}", "--image_size=16",
+             f"--workdir={tmp_path / 'run'}")
+    hosts = start_two(command, flags, ((), ("--temperature=0",)))
+    begin = time.monotonic()
+    assert_refused(hosts[1].finish(60), "--temperature=0")
+    hosts[0].finish(90)
+    assert hosts[0].code != 0 and time.monotonic() - begin < 90
+    assert not rows(tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------- --help and presets
+
+
+def test_help_mentions_every_flag(command):
+    done = command.run("--help")
+    source = (ROOT / SCRIPT).read_text() + (ROOT / "common" / "run.py").read_text()
+    names = re.findall(r"\bDEFINE_\w+\(\s*\"(\w+)\"", source)
+    assert len(names) > 50 and len(set(names)) == len(names)
+    missing = [n for n in names if not re.search(rf"^ +--(\[no\])?{n}:", done.stdout, re.M)]
+    assert not missing
+    assert "super-batch" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_presets_are_printed(command):
+    done = command.good("--preset=list")
+    printed = re.split(r"^(?=\S)", done.stdout, flags=re.M)[1:]
+    assert [p.split()[0] for p in printed] == list(rho_learnability.PRESETS)
+    for text, preset in zip(printed, rho_learnability.PRESETS.values()):
+        assert text.split()[1:] == [f"--{k}={v}" for k, v in preset.items()]
