@@ -47,7 +47,11 @@ PRESETS = {
     # minutes on two CPU cores
     "toy": dict(label_noise=0.4, caption_noise=0.4),
     # the README's tables
-    "fashion_mnist": dict(dataset="fashion_mnist", label_noise=0.4),
+    "fashion_mnist": dict(
+        dataset="fashion_mnist", label_noise=0.4, patch=7, learner="96/4/384/4",
+        proxy="32/2/128/2", arms=list(ARMS), ratio=5.0, temperature=0.5, reference="held_out",
+        held_out_fraction=0.2, reference_noise=0.0, steps=600, active_steps=300, eval_every=30,
+        learning_rate=2e-3, proxy_learning_rate=4e-3, reference_learning_rate=4e-3),
     "emoji": dict(dataset="emoji", task="image_text", caption_noise=0.5),
     # the paper's sizes, on generated images: give --dataset for real ones
     "classact_L": dict(
