@@ -29,7 +29,7 @@ import os
 import textwrap
 import time
 
-from absl import flags, logging
+from absl import flags
 import einops
 import jax
 import jax.numpy as jnp
@@ -45,14 +45,23 @@ NEEDS_REFERENCE = ("learnability", "easy_reference", "rho_loss")
 
 PRESETS = {
     # minutes on two CPU cores
-    "toy": dict(label_noise=0.4, caption_noise=0.4),
+    "toy": dict(
+        label_noise=0.4, caption_noise=0.4, learner="64/2/256/4", proxy="mu", ratio=4.0,
+        temperature=0.5, reference="held_out", held_out_fraction=0.25, reference_noise=0.0,
+        steps=600, reference_steps=1000, learning_rate=2e-3, proxy_learning_rate=4e-3,
+        reference_learning_rate=4e-3),
     # the README's tables
     "fashion_mnist": dict(
         dataset="fashion_mnist", label_noise=0.4, patch=7, learner="96/4/384/4",
         proxy="32/2/128/2", arms=list(ARMS), ratio=5.0, temperature=0.5, reference="held_out",
         held_out_fraction=0.2, reference_noise=0.0, steps=600, active_steps=300, eval_every=30,
         learning_rate=2e-3, proxy_learning_rate=4e-3, reference_learning_rate=4e-3),
-    "emoji": dict(dataset="emoji", task="image_text", caption_noise=0.5),
+    "emoji": dict(
+        dataset="emoji", task="image_text", contrastive_loss="softmax", caption_noise=0.5,
+        image_size=32, patch=8, context=24, learner="64/2/256/4", proxy="mu", ratio=4.0,
+        temperature=0.1, reference="held_out", held_out_fraction=0.33, reference_noise=0.0,
+        steps=1000, active_steps=500, reference_steps=1500, learning_rate=2e-3,
+        proxy_learning_rate=4e-3, reference_learning_rate=4e-3),
     # the paper's sizes, on generated images: give --dataset for real ones
     "classact_L": dict(
         image_size=224, toy_examples=4096, learner="L", proxy="Ti", patch=16, pool="gap",

@@ -45,6 +45,9 @@ class Checkpoints:
         try:
             got = self._manager.restore(step, args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(like), books=ocp.args.JsonRestore()))
+            if [x.shape for x in jax.tree.leaves(got.state)] != [
+                    x.shape for x in jax.tree.leaves(like)]:  # orbax does not look
+                raise TypeError("other shapes")
         except Exception as e:  # orbax raises whatever its layers raise, with pages of text
             raise ValueError(
                 f"checkpoint {self.directory}/{step} is damaged or of another model "

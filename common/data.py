@@ -78,8 +78,9 @@ def open_source(dataset, split, *, data_dir=None, image_size=0, context=0, need=
         builder = (tfds.builder_from_directory(dataset) if os.path.isdir(dataset) else
                    tfds.builder(dataset, data_dir=data_dir, file_format="array_record"))
     except Exception as e:  # TFDS raises half a dozen types, with pages of text
-        raise ValueError(f"--dataset={dataset}: not a TFDS name or a prepared TFDS directory "
-                         f"({str(e).strip().splitlines()[0]})") from None
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ValueError(f"--dataset={dataset}: neither a TFDS name nor a prepared TFDS directory "
+                         f"({why})") from None
     if not builder.info.splits:
         raise ValueError(
             f"--dataset={dataset}: not prepared under {builder.data_dir}. Prepare it once with "
@@ -89,12 +90,12 @@ def open_source(dataset, split, *, data_dir=None, image_size=0, context=0, need=
     try:
         (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
     except Exception:
-        raise ValueError(f"split {split!r}: {dataset} has {', '.join(builder.info.splits)}, and "
+        raise ValueError(f"--split or --eval_split {split!r}: {dataset} has {', '.join(builder.info.splits)}, and "
                          "sub-splits of one such as 'train[:90%]'") from None
     total = builder.info.splits[part.splitname].num_examples
     begin, end = part.from_ or 0, total if part.to is None else part.to
     if begin >= end:
-        raise ValueError(f"split {split!r} of {dataset} holds no example")
+        raise ValueError(f"--split or --eval_split {split!r} of {dataset} holds no example")
 
     features = builder.info.features
     text = next((f for f in ("caption", "captions", "text") if f in features), None)
@@ -103,14 +104,22 @@ def open_source(dataset, split, *, data_dir=None, image_size=0, context=0, need=
         if not has[field]:
             raise ValueError(f"--dataset={dataset} has no feature {field!r} (it has "
                              f"{', '.join(features)}): choose another --dataset or --task")
-    data = builder.as_data_source(split=part.splitname)
+    if "label" in need and not hasattr(features["label"], "names"):
+        raise ValueError(f"--dataset={dataset}: its label is {features['label']}, not a class")
+    try:
+        data = builder.as_data_source(split=part.splitname)
+    except NotImplementedError:
+        raise ValueError(f"--dataset={dataset} is prepared as {builder.info.file_format.value}: "
+                         "prepare it again with file_format='array_record'") from None
     shape = features["image"].shape
     if not image_size and (None in shape or shape[0] != shape[1]):
         raise ValueError(f"--dataset={dataset} has images of shape {shape}: give --image_size")
 
     def caption_of(example):
         value = example[text]
-        value = value[0] if isinstance(value, (list, tuple, np.ndarray)) and len(value) else value
+        value = value["text"] if isinstance(value, dict) else value  # coco_captions
+        if isinstance(value, (list, tuple, np.ndarray)):  # several: the first
+            value = value[0] if len(value) else ""
         return value.decode() if isinstance(value, bytes) else str(value)
 
     def read(ids):
@@ -124,10 +133,11 @@ def open_source(dataset, split, *, data_dir=None, image_size=0, context=0, need=
 
     def describe(i):
         row = data[int(i)]
-        return caption_of(row) if text and context else str(names[row["label"]])
+        return caption_of(row) if text and context else str(names[row["label"]]) if names else ""
 
     names = features["label"].names if has["label"] and hasattr(features["label"], "names") else ()
-    return Source(f"{builder.info.full_name}/{part.splitname}", np.arange(begin, end), read,
+    return Source(f"{builder.info.full_name}/{part.splitname}[{begin}:{end}], {image_size} px, "
+                  f"{context} tokens", np.arange(begin, end), read,
                   class_names=tuple(names), describe=describe)
 
 
@@ -147,7 +157,7 @@ def _fit(image, side):
 
 def _toy_source(split, image_size, context, knobs):
     if split not in ("train", "test"):
-        raise ValueError(f"split {split!r}: toy has train, test")
+        raise ValueError(f"--split or --eval_split {split!r}: toy has train, test")
     if split == "test":
         knobs = {"n": 2_000, "tail": 0.0, "duplicates": 0.0, "hopeless": 0.0, "seed": 1}
     world = toy.world(image_size=image_size, **knobs)
@@ -155,8 +165,8 @@ def _toy_source(split, image_size, context, knobs):
     if context:
         arrays["tokens"] = np.stack([tokenize(c, context) for c in world["caption"]])
     n = len(arrays["label"])
-    knobs_text = ",".join(f"{k}={v}" for k, v in sorted(knobs.items()))
-    return Source(f"toy({knobs_text})/{split}", np.arange(n),
+    knobs_text = ", ".join(f"{k} {v}" for k, v in sorted(knobs.items()))
+    return Source(f"toy/{split}, {knobs_text}, {image_size} px, {context} tokens", np.arange(n),
                   lambda ids: {k: v[ids] for k, v in arrays.items()},
                   class_names=toy.CLASSES, describe=lambda i: (
                       world["caption"][i] if context else toy.CLASSES[world["label"][i]]))
@@ -175,6 +185,8 @@ class Pool:
         self.ids = source.ids if ids is None else np.sort(ids)
         rng = np.random.default_rng((seed, 1))
         chosen = rng.permutation(len(source.ids))[:round(noise * len(source.ids))]
+        if len(self.ids) == 0:
+            raise ValueError("a training pool holds no example: check the splits and fractions")
         self._donor = source.ids.copy()
         self._donor[chosen] = source.ids[np.roll(chosen, 1)]
 

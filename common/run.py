@@ -94,13 +94,18 @@ def resolve(presets):
     for name, value in presets[values.preset].items():
         if not values[name].present:
             values[name].value = value
+            logging.info("--preset=%s sets --%s=%s", values.preset, name, value)
     ours = {values.find_module_defining_flag(name) for name in ("dataset", "arms")}
     config = Namespace({name: values[name].value for name in values
                         if values.find_module_defining_flag(name) in ours})
     try:
-        config.seeds = [int(s) for s in config.seeds]
+        seeds = [int(s) for s in config.seeds]
     except ValueError:
-        raise ValueError(f"--seeds={','.join(config.seeds)}: want a comma list of integers") from None
+        seeds = []
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds={','.join(config.seeds)}: want a comma list of different "
+                         "numbers from 0 up")
+    config.seeds = seeds
     for name in ("label_noise", "caption_noise"):
         if not 0 <= config[name] <= 1:
             raise ValueError(f"--{name}={config[name]}: want a fraction from 0 to 1")
@@ -131,7 +136,10 @@ def open_workdir(config):
             raise ValueError(f"--workdir={config.workdir} belongs to a run with other flags: "
                              f"{', '.join(differ)}; name another --workdir")
     if jax.process_index() == 0:
-        os.makedirs(config.workdir, exist_ok=True)
+        try:
+            os.makedirs(config.workdir, exist_ok=True)
+        except OSError as e:
+            raise ValueError(f"--workdir={config.workdir}: {e.strerror}") from None
         report.write_json(path, {
             "flags": dict(config), "command": " ".join(sys.argv), "python": platform.python_version(),
             "jax": jax.__version__, "commit": commit(), "machine": platform.machine(),

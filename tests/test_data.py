@@ -490,7 +490,6 @@ def test_errors_are_one_line_that_names_the_flag(labelled, tmp_path, keywords, w
     assert "\n" not in message and all(word in message for word in words), message
 
 
-@pytest.mark.xfail(strict=True, reason="NotImplementedError, in three lines")
 def test_a_set_in_another_file_format_is_refused(labelled, tmp_path):
     path = shutil.copytree(labelled, tmp_path / "tiny" / "1.0.0")
     info = path / "dataset_info.json"
@@ -499,7 +498,6 @@ def test_a_set_in_another_file_format_is_refused(labelled, tmp_path):
         data.open_source(str(path), "train")
 
 
-@pytest.mark.xfail(strict=True, reason="opened with no class at all")
 def test_labels_without_class_names_are_refused(prepare):
     rows = [{"image": png(np.zeros((8, 8, 3), np.uint8)), "label": 2}]
     path = prepare(lambda f: {"image": f.Image(shape=(8, 8, 3)), "label": f.Scalar(np.int64)},
@@ -508,7 +506,6 @@ def test_labels_without_class_names_are_refused(prepare):
         data.open_source(path, "train", need=("label",))
 
 
-@pytest.mark.xfail(strict=True, reason="the caption is what Python prints for the container")
 @pytest.mark.parametrize("kind", ["none", "nested"])
 def test_captions_in_a_container(prepare, kind):
     value = [] if kind == "none" else [{"id": 1, "text": "a dog"}, {"id": 2, "text": "a cat"}]
