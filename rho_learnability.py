@@ -48,7 +48,7 @@ PRESETS = {
     "toy": dict(
         label_noise=0.4, caption_noise=0.4, learner="64/2/256/4", proxy="mu", ratio=4.0,
         temperature=0.5, reference="held_out", held_out_fraction=0.25, reference_noise=0.0,
-        steps=600, reference_steps=1000, learning_rate=2e-3, proxy_learning_rate=4e-3,
+        steps=400, reference_steps=800, learning_rate=2e-3, proxy_learning_rate=4e-3,
         reference_learning_rate=4e-3),
     # the README's tables
     "fashion_mnist": dict(
@@ -59,7 +59,7 @@ PRESETS = {
     "emoji": dict(
         dataset="emoji", task="image_text", contrastive_loss="softmax", caption_noise=0.5,
         image_size=32, patch=8, context=24, learner="64/2/256/4", proxy="mu", ratio=4.0,
-        temperature=0.1, reference="held_out", held_out_fraction=0.33, reference_noise=0.0,
+        temperature=0.1, eval_every=50, reference="held_out", held_out_fraction=0.33, reference_noise=0.0,
         steps=1000, active_steps=500, reference_steps=1500, learning_rate=2e-3,
         proxy_learning_rate=4e-3, reference_learning_rate=4e-3),
     # the paper's sizes, on generated images: give --dataset for real ones

@@ -363,10 +363,10 @@ def selection_curves(ax, rows, kinds=KINDS):
             ax.axhline(np.mean(pool), color="#888888", linestyle="--", linewidth=1.2, zorder=1)
             _beside(ax, np.mean(pool), f"{kind} in pool")
     _clean(ax)
-    ax.set_ylim(0, 1.3 * ax.get_ylim()[1])  # room for the legend
+    ax.set_ylim(0, None)
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.set_xlabel("training steps", fontsize=12)
     ax.set_ylabel("of the picked examples", fontsize=12)
-    look = {"frameon": False, "fontsize": 10, "handlelength": 2.2}
-    ax.add_artist(ax.legend(colours.values(), colours.keys(), loc="upper left", **look))
-    ax.legend(styles.values(), styles.keys(), loc="upper right", **look)
+    keys = {**colours, **styles}
+    ax.legend(keys.values(), keys.keys(), loc="lower left", bbox_to_anchor=(0, 1), ncols=len(keys),
+              frameon=False, fontsize=10, handlelength=2.2)
