@@ -76,6 +76,7 @@ PRESETS = {
 
 def define_flags():
     run.define_flags("rho_learnability")
+    flags.adopt_module_key_flags(run)  # so that --help shows them too
     f = flags
     # method
     f.DEFINE_list("arms", ["uniform", "learnability"], f"of {', '.join(ARMS)}; the first is the "
@@ -453,36 +454,38 @@ def fit(name, seed, step, state, key, batches, *, steps, batch_size, n_scored, p
         return state
     if jax.process_index() == 0:
         metrics_file.rewind(name, seed, start)
+    state = devices.to_host(state)  # no two leaves share a buffer that is donated
     books = run.Books(f"{name} seed {seed}", steps, batch_size, books)
     save_every = config.checkpoint_every or config.eval_every
 
-    for index, batch in enumerate(batches(start), start):
-        step.compile(state, np.int32(index), key, batch)  # once, and off the clock
-        books.resume_clock(index)
-        state, metrics = step(state, np.int32(index), key, batch)
-        books.push(index, metrics)
-        done = index + 1
-        flops = {k: one_off.get(k, 0) + done * per_step.get(k, 0) for k in {**per_step, **one_off}}
-        evaluate_now = done % config.eval_every == 0 or done == steps
-        stopping = bool(stop) if jax.process_count() == 1 or evaluate_now else False
-        if evaluate_now:
-            books.stop_clock()
-            row = {
-                "arm": name, "seed": seed, "step": done, "examples_trained": done * batch_size,
-                "examples_scored": done * n_scored, "seconds": books.seconds,
-                "setup_seconds": setup_seconds, "flops": flops, **books.row(), **metrics_of(state)}
-            if jax.process_index() == 0:
-                metrics_file.append(row)
-        if done % save_every == 0 or done == steps or stopping:
-            books.stop_clock()
-            saved.save(done, state, {**books.state(), "flops": report.total_flops(flops)})
-        if stopping and done < steps:
-            saved.close()
-            books.close()
-            raise run.Stopped(f"stopped after step {done} of {name}, seed {seed}, which is saved: "
-                              "the same command goes on from there")
-    saved.close()
-    books.close()
+    try:
+        for index, batch in enumerate(batches(start), start):
+            step.compile(state, np.int32(index), key, batch)  # once, and off the clock
+            books.resume_clock(index)
+            state, metrics = step(state, np.int32(index), key, batch)
+            books.push(index, metrics)
+            done = index + 1
+            flops = {k: one_off.get(k, 0) + done * per_step.get(k, 0)
+                     for k in {**per_step, **one_off}}
+            evaluate_now = done % config.eval_every == 0 or done == steps
+            stopping = bool(stop) if jax.process_count() == 1 or evaluate_now else False
+            if evaluate_now:
+                books.stop_clock()
+                row = {"arm": name, "seed": seed, "step": done,
+                       "examples_trained": done * batch_size, "examples_scored": done * n_scored,
+                       "seconds": books.seconds, "setup_seconds": setup_seconds, "flops": flops,
+                       **books.row(), **metrics_of(state)}
+                if jax.process_index() == 0:
+                    metrics_file.append(row)
+            if done % save_every == 0 or done == steps or stopping:
+                books.stop_clock()
+                saved.save(done, state, {**books.state(), "flops": report.total_flops(flops)})
+            if stopping and done < steps:
+                raise run.Stopped(f"stopped after step {done} of {name}, seed {seed}, which is "
+                                  "saved: the same command goes on from there")
+    finally:
+        saved.close()
+        books.close()
     return state
 
 
@@ -491,30 +494,38 @@ def new_state(key, model, optimiser):
     return {"params": params, "opt": optimiser.init(params)}
 
 
+def digest(params):
+    """sha256 of the weights."""
+    sha = hashlib.sha256()
+    for leaf in jax.tree.leaves(jax.device_get(params)):
+        sha.update(np.ascontiguousarray(leaf).tobytes())
+    return sha.hexdigest()
+
+
+def read_scores(path, made_by):
+    """(losses, seconds) from a score cache, an npz file that records what it was made by.
+
+    Raises: ValueError if it is damaged, or differs from `made_by` in something.
+    """
+    try:
+        with np.load(path) as f:
+            theirs, loss, seconds = json.loads(str(f["made_by"])), f["loss"], float(f["seconds"])
+    except Exception as e:  # a zip file has many ways to be broken
+        raise ValueError(f"--score_cache: {path} is damaged ({type(e).__name__}): delete it") from None
+    differ = [k for k in made_by if theirs.get(k) != made_by[k]]
+    if differ:
+        raise ValueError(f"--score_cache: {path} was made with other {' and '.join(differ)}: "
+                         "delete it, or name another")
+    return loss, seconds
+
+
 def score_pool(params, pool, forward, batch_size, path):
     """Losses [len(pool)] of every example of a pool under a frozen reference, in the order of its
-    ids, and the seconds it took; cached in the npz file `path` with what made them.
-
-    Raises: ValueError if the file there was made by other weights, another view or other labels.
-    """
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(jax.device_get(params)):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    made_by = {"weights": digest.hexdigest(), "view": "clean", "data": pool.identity(),
+    ids, and the seconds it took; cached in the file `path`."""
+    made_by = {"weights": digest(params), "view": "clean", "data": pool.identity(),
                "ids": hashlib.sha256(pool.ids.tobytes()).hexdigest()}
     if devices.agree(os.path.exists(path)):
-        try:
-            with np.load(path) as f:
-                theirs, loss, seconds = json.loads(str(f["made_by"])), f["loss"], f["seconds"]
-        except Exception as e:
-            raise ValueError(
-                f"--score_cache: {path} is damaged ({type(e).__name__}): delete it") from None
-        differ = [k for k in made_by if theirs.get(k) != made_by[k]]
-        if differ:
-            raise ValueError(f"--score_cache: {path} was made with other {' and '.join(differ)}: "
-                             "delete it, or name another")
-        return loss, float(seconds)
-
+        return read_scores(path, made_by)
     parts = [(np.asarray(actor_loss(got["out"], got)), seconds)
              for got, seconds in forward_all(params, forward, pool, batch_size)]
     loss, seconds = np.concatenate([x for x, _ in parts]), sum(s for _, s in parts)
@@ -620,10 +631,11 @@ def check(config, typed=()):
          "'random' with an online reference")
     for flag in typed:
         if flag == ("label_noise" if config.task == "image_text" else "caption_noise"):
-            raise ValueError(f"--{flag} is not read by --task={config.task}: give the other noise")
-    divides = {"batch_size": config.batch_size,
-               "ratio * batch_size": round(config.ratio * config.batch_size)}
-    devices.divides(**divides)
+            raise ValueError(f"--{flag} is not read by --task={config.task}: give "
+                             "--label_noise to classification, --caption_noise to image_text")
+    devices.divides(batch_size=config.batch_size)
+    want(round(config.ratio * config.batch_size) % jax.device_count() == 0, "ratio",
+         f"a super-batch (ratio * batch_size) that divides over {jax.device_count()} devices")
 
 
 def build_models(config, source):
@@ -695,9 +707,13 @@ def main():
         toy_knobs=run.toy_knobs(config)) for split in (config.split, config.eval_split))
     learner, proxy = build_models(config, source)
     like = jax.eval_shape(lambda: init(jax.random.key(0), proxy))
-    if config.reference not in ("in_domain", "held_out", "online"):
-        for seed in config.seeds:  # said before any work is done
-            checkpoint.restore_params(config.reference.format(seed=seed), like, "reference")
+    for seed in config.seeds:  # what was given is looked at before any work is done
+        made_by, cache = {}, (config.score_cache or "").format(seed=seed)
+        if config.reference not in ("in_domain", "held_out", "online"):
+            made_by["weights"] = digest(checkpoint.restore_params(
+                config.reference.format(seed=seed), like, "reference")[0])
+        if os.path.exists(cache):
+            read_scores(cache, made_by)
     run.open_workdir(config)
     metrics_file = report.MetricsFile(os.path.join(config.workdir, "metrics.jsonl"))
     stop, forwards = run.Stop(), {m: make_forward(m) for m in (learner, proxy)}

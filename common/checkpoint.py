@@ -30,10 +30,18 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step, state, books):
-        """Call with the number of completed steps. A step that is already saved is left alone."""
-        if step != self.latest():
-            self._manager.save(step, args=ocp.args.Composite(
-                state=ocp.args.StandardSave(devices.to_host(state)), books=ocp.args.JsonSave(books)))
+        """Call with the number of completed steps. A step that is already saved is left alone.
+
+        Raises: FloatingPointError if a weight is not finite: the checkpoint before is kept.
+        """
+        if step == self.latest():
+            return
+        state = devices.to_host(state)
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(state) if x.dtype.kind == "f"):
+            raise FloatingPointError(f"{os.path.basename(self.directory)}: the update of step "
+                                     f"{step - 1} left weights that are not finite")
+        self._manager.save(step, args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), books=ocp.args.JsonSave(books)))
 
     def restore(self, like):
         """(state, books) of the last checkpoint; `like` is a tree of the same shapes and types.

@@ -26,10 +26,12 @@ def start(coordinator=None, num_processes=None, process_id=None):
     on_cluster = any(v in os.environ for v in ("SLURM_NTASKS", "TPU_WORKER_HOSTNAMES"))
     several = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or os.environ.get(
         "SLURM_NTASKS", "1") != "1"
+    # a host that is gone is noticed after 30 seconds, not after 100
     if coordinator is not None:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id,
+                                   heartbeat_timeout_seconds=30)
     elif on_cluster and several:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=30)
 
 
 def pmap(fn, in_axes, donate_argnums=()):
@@ -82,16 +84,19 @@ def gather(x):
 
 
 class Program:
-    """A pmapped function, compiled at the first `compile` for the shapes that it is shown: off the
-    training clock, and once for all seeds."""
+    """A pmapped function that is compiled, off the training clock and once for all seeds, when
+    `compile` is first shown its arguments; the first of them is the state."""
 
     def __init__(self, fn, in_axes, donate_argnums=()):
         self._fn, self._compiled = pmap(fn, in_axes, donate_argnums), None
 
     def compile(self, *args):
-        if self._compiled is None:
+        if self._compiled is None and jax.process_count() == 1:
             self._compiled = self._fn.lower(*args).compile()
-        return self._compiled
+        elif self._compiled is None:  # lowering knows this host's rows only: compile by running
+            jax.block_until_ready(self._fn(to_host(args[0]), *args[1:]))
+            self._compiled = self._fn
 
     def __call__(self, *args):
-        return self.compile(*args)(*args)
+        self.compile(*args)
+        return self._compiled(*args)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 
 from absl import app, flags, logging
 import jax
@@ -71,8 +72,13 @@ def main(script_main):
                 raise
             print(e if type(e) is Stopped else f"error: {e}", file=sys.stderr, flush=True)
             code = codes.get(type(e), 2)
-            # the other hosts would wait for this one in jax's exit barrier, for minutes
-            os._exit(code) if jax.process_count() > 1 else sys.exit(code)
+            # jax's exit barrier would keep this host waiting for the others, for minutes
+            os._exit(code) if jax.distributed.is_initialized() else sys.exit(code)
+        except Exception:
+            if not jax.distributed.is_initialized():
+                raise
+            traceback.print_exc()
+            os._exit(1)
     app.run(guarded)
 
 

@@ -50,9 +50,6 @@ def pair(loss):
     return model("16/2/32/2", loss), model("8/1/16/2", loss)
 
 
-jitted_init = functools.cache(
-    lambda seed, m: devices.to_host(jax.jit(lambda: rho.init(jax.random.key(seed), m))()))
-
 RULES = {"sgd": lambda: optax.sgd(0.3, momentum=0.5), "adamw": lambda: rho.adamw(0.03, 40),
          "adamw at rate 0": lambda: rho.adamw(0.0, 40)}
 
@@ -102,37 +99,48 @@ def picked(metrics, n_select=S):
     return np.array([round(n_select * float(metrics[f"picked_at{i}"])) for i in range(n)])
 
 
-def shaken(tree, seed):
-    """Weights far from any that `init` makes symmetric or zero."""
+def random_weights(tree, seed):
+    """Weights for a tree of shapes, far from any that `init` makes symmetric or zero."""
     rng = np.random.default_rng((7, seed))
-    return jax.tree.map(lambda x: np.float32(np.asarray(x) + 0.3 * rng.normal(size=x.shape)), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: np.float32(("scale" in path[-1].key) + 0.4 * rng.normal(size=x.shape)), tree)
+
+
+jitted_init = jax.jit(lambda m: rho.init(jax.random.key(0), m), static_argnums=0)
+
+
+def shapes(m):
+    return jax.eval_shape(lambda: rho.init(jax.random.key(0), m))
 
 
 @functools.cache
 def reference_params(loss):
-    return shaken(jitted_init(8, pair(loss)[1]), 3)
+    return random_weights(shapes(pair(loss)[1]), 3)
 
 
-@functools.cache
-def jitted_initial_state(arm, loss, rules, **how):
+def abstract_state(arm, loss="cross_entropy", rules=(), params=None, **how):
+    """Shapes of the initial state: nothing is compiled."""
     learner, proxy = pair(loss)
-    return jax.jit(lambda params: rho.initial_state(
-        arm, jax.random.key(1), learner, proxy, optimisers_of(*rules), params=params, **how))
+    return jax.eval_shape(lambda params: rho.initial_state(
+        arm, jax.random.key(1), learner, proxy, optimisers_of(*rules), params=params, **how), params)
 
 
 def start(arm, loss="cross_entropy", rules=(), **how):
-    """The initial state with every weight shaken, and the reference's those of `reference_params`."""
-    state = devices.to_host(jitted_initial_state(arm, loss, rules, **how)(reference_params(loss)))
+    """A state with random weights in numpy, the reference's those of `reference_params`."""
+    state = abstract_state(arm, loss, rules, reference_params(loss), **how)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
     for seed, role in enumerate(("learner", "actor")):
-        if role in state and not (role == "actor" and how.get("actor_init") == "reference"):
-            state[role]["params"] = shaken(state[role]["params"], seed)
+        if role in state:
+            state[role]["params"] = random_weights(state[role]["params"], seed)
+    if "reference" in state:
+        state["reference"]["params"] = reference_params(loss)
     if "stale" in state:
         state["stale"] = jax.tree.map(lambda x: np.stack([x] * how["staleness"]),
                                       state["actor"]["params"])
     return state
 
 
-def dense_loss(params, batch, m, smoothing=0.1):
+def dense_loss(params, batch, m, smoothing):
     """The training loss of a whole batch on one device, from the equations."""
     out = rho.outputs(params, batch, m)
     if m.loss == "cross_entropy":
@@ -143,7 +151,7 @@ def dense_loss(params, batch, m, smoothing=0.1):
     return jax.nn.softplus(jnp.where(jnp.eye(len(logits)) == 1, -logits, logits)).sum(1).mean()
 
 
-dense_grad = jax.jit(jax.grad(dense_loss), static_argnums=2)
+dense_grad = jax.jit(jax.grad(dense_loss), static_argnums=(2, 3))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -190,7 +198,7 @@ def test_the_score_of_a_pair_is_minus_its_own_dot_product():
 
 def test_embeddings_have_length_one_and_images_are_scaled_to_one():
     m, batch = model("8/1/16/2", "sigmoid"), super_batch("sigmoid")
-    params = shaken(jitted_init(0, m), 0)
+    params = random_weights(shapes(m), 0)
     z_image, z_text = jax.jit(lambda: rho.outputs(params, batch, m))()
     for z in (z_image, z_text):
         np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, atol=1e-4)
@@ -447,9 +455,7 @@ def test_at_ratio_one_learnability_is_the_uniform_run_bit_for_bit():
 
 
 def test_the_roles_in_the_state_are_those_that_the_arm_needs():
-    learner, proxy = pair("cross_entropy")
-    roles_of = lambda arm, **how: jax.eval_shape(lambda: rho.initial_state(
-        arm, jax.random.key(0), learner, proxy, optimisers_of(), params={}, **how))
+    roles_of = functools.partial(abstract_state, params={})
     reference = {"reference": "computed"}
     for arm, how, roles in (
             ("uniform", {}, {"learner"}), ("hard_learner", {}, {"learner", "actor"}),
@@ -465,15 +471,24 @@ def test_the_roles_in_the_state_are_those_that_the_arm_needs():
 
 
 def test_every_arm_starts_from_the_same_learner_and_no_role_from_another_s_weights():
-    learner = proxy = model("8/1/16/2", "cross_entropy")
-    states = {arm: jax.jit(lambda arm=arm: rho.initial_state(
-        arm, jax.random.key(0), learner, proxy, optimisers_of(), reference="online"))()
-        for arm in rho.ARMS}
+    m = model("8/1/16/2", "cross_entropy")
+    states = jax.jit(lambda: {arm: rho.initial_state(
+        arm, jax.random.key(0), m, m, optimisers_of(), reference="online") for arm in rho.ARMS})()
     for state in states.values():
         assert_trees_equal(state["learner"], states["uniform"]["learner"])
     roles = [states["learnability"][r]["params"] for r in ("learner", "actor", "reference")]
     for i in range(3):
         assert trees_differ(roles[i], roles[i - 1])
+
+
+def test_a_proxy_may_start_from_the_reference_and_so_do_the_weights_kept_of_it():
+    m, params = model("8/1/16/2", "cross_entropy"), reference_params("cross_entropy")
+    state = jax.jit(lambda: rho.initial_state(
+        "learnability", jax.random.key(0), m, m, optimisers_of(), reference="computed",
+        params=params, actor_init="reference", staleness=2))()
+    assert_trees_equal(state["actor"]["params"], params)
+    for slot in range(2):
+        assert_trees_equal(jax.tree.map(lambda x: x[slot], state["stale"]), params)
 
 
 def test_a_frozen_reference_never_changes_and_scores_as_its_cached_losses_do():
@@ -523,16 +538,17 @@ def test_both_models_train_on_the_picked_examples_and_on_nothing_else(loss):
 
     # and it is one step of gradient descent on the mean loss of those rows, for both
     small = {k: v[wanted] for k, v in batch.items() if k in ("image", "label", "tokens")}
-    for role, m in zip(("learner", "actor"), pair(loss)):
+    for role, m, smoothing in zip(("learner", "actor"), pair(loss), (0.1, 0.0)):
         params = start("learnability", loss)[role]["params"]
         assert_trees_close(before[role], jax.tree.map(
-            lambda p, g: p - 0.3 * g, params, dense_grad(params, small, m)),
+            lambda p, g: p - 0.3 * g, params, dense_grad(params, small, m, smoothing)),
             rtol=1e-4, atol=1e-5)
 
 
 def test_a_proxy_that_is_the_reference_and_never_learns_selects_uniformly():
     rules = ("sgd", "adamw at rate 0")
-    state = start("learnability", rules=rules, reference="computed", actor_init="reference")
+    state = start("learnability", rules=rules, reference="computed")
+    state["actor"]["params"] = state["reference"]["params"]
     mapped, counts, steps = program("learnability", rules=rules), np.zeros(B), 150
     for index in range(steps):
         state, metrics = step(mapped, state, index, super_batch("cross_entropy", index))
@@ -569,7 +585,7 @@ def test_an_online_reference_scores_first_and_then_trains_on_the_whole_super_bat
                          for r in ("actor", "reference"))
     np.testing.assert_allclose(metrics["score_pool"], (online - reference).mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["score_pool_sd"], (online - reference).std(), rtol=1e-4)
-    grads = dense_grad(before["reference"]["params"], batch, proxy)
+    grads = dense_grad(before["reference"]["params"], batch, proxy, 0.0)
     assert_trees_close(
         state["reference"]["params"],
         jax.tree.map(lambda p, g: p - 0.3 * g, before["reference"]["params"], grads),
@@ -583,7 +599,7 @@ def test_the_scores_of_an_arm_are_its_equation_and_only_rho_asks_the_learner(arm
     before = start(arm, reference=None if arm == "hard_learner" else "computed")
     reference = losses_of(reference_params("cross_entropy"), batch, proxy)
     other = {**before, "learner": {**before["learner"],
-                                   "params": shaken(before["learner"]["params"], 9)}}
+                                   "params": random_weights(before["learner"]["params"], 9)}}
     picks = []
     for state in (before, other):
         _, metrics = step(program(arm), state, 0, batch)
@@ -828,7 +844,7 @@ def test_parameter_counts_of_published_sizes(name, millions):
 def test_no_two_weights_of_one_shape_are_equal_at_init(pool):
     m = rho.Model("sigmoid", vit.ViT("8/3/8/2", 12, 4, 8, pool=pool), vit.Text("8/3/8/2", 9, 9, 8, pool))
     weights = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(jitted_init(0, m)):
+    for path, x in jax.tree_util.tree_leaves_with_path(jitted_init(m)):
         name = jax.tree_util.keystr(path)
         for i, w in enumerate(x if "blocks" in name else [x]):
             if path[-1].key in ("w", "position", "embed", "probe"):
@@ -844,7 +860,7 @@ def test_no_two_weights_of_one_shape_are_equal_at_init(pool):
 @pytest.mark.parametrize("tower", ["vit map", "text gap"])
 def test_bfloat16_and_remat_give_nearly_the_same(tower):
     init, apply, _, config = TOWERS[tower]
-    params = shaken(jax.jit(lambda: init(jax.random.key(0), config))(), 0)
+    params = random_weights(jax.eval_shape(lambda: init(jax.random.key(0), config)), 0)
     rng = np.random.default_rng(0)
     x = tower_input(config, 4)
     x = (rng.integers(0, 50, x.shape) if x.dtype == np.int32 else rng.uniform(-1, 1, x.shape)).astype(
@@ -868,7 +884,7 @@ def test_bfloat16_and_remat_give_nearly_the_same(tower):
 def test_padding_is_neither_seen_nor_pooled(pool):
     rng = np.random.default_rng(0)
     config = vit.Text("16/2/32/2", VOCAB, 9, E, pool)
-    params = shaken(jax.jit(lambda: vit.text_init(jax.random.key(0), config))(), 0)
+    params = random_weights(jax.eval_shape(lambda: vit.text_init(jax.random.key(0), config)), 0)
     apply = jax.jit(vit.text_apply, static_argnums=2)
     tokens = np.zeros((3, 9), np.int32)
     tokens[:, :5] = rng.integers(1, VOCAB, (3, 5))
@@ -885,9 +901,9 @@ def test_padding_is_neither_seen_nor_pooled(pool):
 
 def test_a_classifier_starts_at_chance_and_a_pair_of_towers_at_the_published_t_and_b():
     m = model("8/1/16/2", "cross_entropy")
-    losses = losses_of(jitted_init(0, m), super_batch("cross_entropy"), m)
+    losses = losses_of(jitted_init(m), super_batch("cross_entropy"), m)
     np.testing.assert_allclose(losses, math.log(C), rtol=1e-6)
-    params = jitted_init(0, model("8/1/16/2", "sigmoid"))
+    params = jitted_init(model("8/1/16/2", "sigmoid"))
     np.testing.assert_allclose([np.exp(params["log_t"]), params["b"]], [10, -10], rtol=1e-6)
 
 
