@@ -17,8 +17,8 @@ A minute on a CPU:       python rho_learnability.py --steps=300
 README's first table:    python rho_learnability.py --preset=fashion_mnist --seeds=0,1,2
 Settings of the paper:   python rho_learnability.py --preset=classact_L  (or activeclip_B)
 
-Where the paper is silent, a flag (sampling, temperature, scored view, staleness, kind of reference);
-where we differ: README, "Differences from the paper".
+Where the paper is silent there is a flag (sampling, temperature, scored view, staleness, kind of
+reference); where we differ: README, "Where we differ from the paper".
 """
 
 import dataclasses
@@ -59,8 +59,8 @@ PRESETS = {
     "emoji": dict(
         dataset="emoji", task="image_text", contrastive_loss="softmax", caption_noise=0.5,
         image_size=32, patch=8, context=24, learner="64/2/256/4", proxy="mu", ratio=4.0,
-        temperature=0.1, eval_every=50, reference="held_out", held_out_fraction=0.33, reference_noise=0.0,
-        steps=1000, active_steps=500, reference_steps=1500, learning_rate=2e-3,
+        temperature=0.1, reference="held_out", held_out_fraction=0.33, reference_noise=0.0,
+        steps=600, active_steps=300, reference_steps=800, eval_every=50, learning_rate=2e-3,
         proxy_learning_rate=4e-3, reference_learning_rate=4e-3),
     # the paper's sizes, on generated images: give --dataset for real ones
     "classact_L": dict(
@@ -114,8 +114,8 @@ def define_flags():
     f.DEFINE_bool("remat", False, "recompute blocks in the backward pass: memory for time")
     # optimisation
     f.DEFINE_integer("steps", 1000, "updates of the learner")
-    f.DEFINE_integer("active_steps", 0, "updates in every arm but uniform, whose schedule then ends "
-                     "there; 0: as many as --steps")
+    f.DEFINE_integer("active_steps", 0, "updates in every arm but uniform, whose schedule then "
+                     "ends there; 0: as many as --steps")
     f.DEFINE_integer("batch_size", 128, "b: examples per update")
     f.DEFINE_float("learning_rate", 1e-3, "peak, of AdamW; linear warm-up, cosine to 0")
     f.DEFINE_float("proxy_learning_rate", 1e-3, "peak, of the online proxy")
@@ -256,7 +256,7 @@ def softmax_loss(x_SE, y_AE, log_t, first=0):
 
 
 def sigmoid_loss(x_SE, y_AE, log_t, b, first=0):
-    """SigLIP: mean over rows i of sum over j of -log sigmoid(+-(t x_i.y_j + b)), + where j is i's."""
+    """SigLIP: mean over rows i of sum over j of -log sigmoid(+-(t x_i.y_j + b)), + for i's own j."""
     logits_SA = jnp.exp(log_t) * jnp.einsum("se,ae->sa", x_SE, y_AE) + b
     own_S = first + jnp.arange(len(x_SE))
     sign_SA = 2 * jax.nn.one_hot(own_S, len(y_AE)) - 1
@@ -267,7 +267,7 @@ def sigmoid_loss(x_SE, y_AE, log_t, b, first=0):
 
 
 def adamw(peak, steps, *, warmup=0.05, weight_decay=1e-4):
-    """AdamW under a linear warm-up and a cosine that is 0 at `steps`; norms and biases not decayed."""
+    """AdamW under a linear warm-up and a cosine that is 0 at `steps`; only matrices are decayed."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, round(warmup * steps), steps, 0.0)
     matrices = lambda params: jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "w", params)
@@ -386,7 +386,7 @@ def step_flops(arm, batch_size, ratio, F_L, F_p, reference):
 
 
 def evaluate(params, forward, pool, batch_size, model):
-    """Metrics on all of a pool. `forward(params, sharded batch)` is the pmapped `outputs`, gathered.
+    """Metrics on all of a pool; `forward` is `make_forward(model)`.
 
     Classification: accuracy and cross-entropy. Image-text: recall at 1 and 10 of the right caption
     from an image and back (a caption that reads the same is right too), and the two's mean.
@@ -511,7 +511,8 @@ def read_scores(path, made_by):
         with np.load(path) as f:
             theirs, loss, seconds = json.loads(str(f["made_by"])), f["loss"], float(f["seconds"])
     except Exception as e:  # a zip file has many ways to be broken
-        raise ValueError(f"--score_cache: {path} is damaged ({type(e).__name__}): delete it") from None
+        raise ValueError(
+            f"--score_cache: {path} is damaged ({type(e).__name__}): delete it") from None
     differ = [k for k in made_by if theirs.get(k) != made_by[k]]
     if differ:
         raise ValueError(f"--score_cache: {path} was made with other {' and '.join(differ)}: "
@@ -541,10 +542,10 @@ def score_pool(params, pool, forward, batch_size, path):
 
 
 def choose(arm, seed, pool, state, losses, config, learner, proxy, optimisers, n):
-    """Scores and picks on one more super-batch, after the last step: (ids [B], score [B], picks)."""
+    """Scores and picks on one more super-batch, after the last step: (ids [B], score [B], pick)."""
     index = config.steps  # the same super-batch for every arm
-    host = (jax.process_index(), jax.process_count())
-    batch = next(data.batches(pool, seed=seed, batch_size=n, start=index, stop=index + 1, host=host))
+    batch = next(data.batches(pool, seed=seed, batch_size=n, start=index, stop=index + 1,
+                              host=(jax.process_index(), jax.process_count())))
     ids = data.batch_ids(pool.ids, seed, index, n)
     if losses is not None:
         batch["reference_loss"] = losses[np.searchsorted(pool.ids, batch["id"])]
@@ -588,8 +589,8 @@ def draw_picks(rows, ids, score_B, pick_S, *, pool, arm, path, columns=12):
             if c == 0:
                 ax.set_ylabel(title, fontsize=12)
     report.selection_curves(fig.add_subplot(grid[3, :]), rows)
-    fig.suptitle(f"What {arm} takes and leaves of one super-batch, after training: score above, the "
-                 "label or caption as given below; orange: it is wrong")
+    fig.suptitle(f"What {arm} takes and leaves of one super-batch, after training: score above, "
+                 "the label or caption as given below; orange: it is wrong")
     fig.savefig(path, dpi=110)
 
 
@@ -652,7 +653,8 @@ def build_models(config, source):
             vit.size(config[flag])
         except ValueError as e:
             raise ValueError(f"--{flag}: {e}") from None
-        image = vit.ViT(config[flag], image_size, config.patch, n_out, source.image_shape[2], **shared)
+        image = vit.ViT(config[flag], image_size, config.patch, n_out, source.image_shape[2],
+                        **shared)
         text = vit.Text(config[flag], data.VOCAB, config.context, config.embed, **shared)
         return Model(loss, image, text if config.task == "image_text" else None)
     return model("learner"), model("proxy")
@@ -751,8 +753,8 @@ def main():
             on = on.subset(np.setdiff1d(whole.ids, pool.ids)) if len(pool) < len(whole) else on
             state = {"learner": new_state(jax.random.split(key_init, 3)[2], proxy,
                                           programs["reference"][1]["learner"])}
-            train("reference", seed, on, state, key_steps, proxy, one_off={}, setup_seconds=0.0, per_step={
-                "reference_training": 3 * b * F_p})
+            train("reference", seed, on, state, key_steps, proxy, one_off={}, setup_seconds=0.0,
+                  per_step={"reference_training": 3 * b * F_p})
             where = os.path.join(config.workdir, "checkpoints", f"reference-{seed}")
         else:
             where = config.reference.format(seed=seed)
@@ -784,8 +786,8 @@ def main():
                 params=params, actor_init=config.actor_init, staleness=config.staleness)
             pool, n_scored = (whole, b) if arm == "uniform" else (rest, B)
             state = train(
-                arm, seed, pool, state, key_steps, learner, n_scored=n_scored, losses=losses, one_off=one_off,
-                setup_seconds=seconds, per_step=step_flops(arm, b, config.ratio, F_L, F_p, kind))
+                arm, seed, pool, state, key_steps, learner, n_scored=n_scored, losses=losses,
+                one_off=one_off, setup_seconds=seconds, per_step=step_flops(arm, b, config.ratio, F_L, F_p, kind))
             if shown is None and arm != "uniform":
                 shown = (arm, seed, rest, state, losses)
 

@@ -48,7 +48,7 @@ class Source:
 
 
 def tokenize(caption, context):
-    """UTF-8 bytes of a caption as int32 [context]: byte + 3, then 1 for the end; 0 pads; cut to fit."""
+    """UTF-8 bytes of a caption, cut to fit, as int32 [context]: byte + 3, 1 at the end, 0 pads."""
     tokens = np.zeros(context, np.int32)
     data = np.frombuffer(caption.encode()[:context - 1], np.uint8)
     tokens[:len(data)], tokens[len(data)] = data + np.int32(3), 1
@@ -90,8 +90,8 @@ def open_source(dataset, split, *, data_dir=None, image_size=0, context=0, need=
     try:
         (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
     except Exception:
-        raise ValueError(f"--split or --eval_split {split!r}: {dataset} has {', '.join(builder.info.splits)}, and "
-                         "sub-splits of one such as 'train[:90%]'") from None
+        raise ValueError(f"--split or --eval_split {split!r}: {dataset} has "
+                         f"{', '.join(builder.info.splits)}, and sub-splits of one such as 'train[:90%]'") from None
     total = builder.info.splits[part.splitname].num_examples
     begin, end = part.from_ or 0, total if part.to is None else part.to
     if begin >= end:

@@ -35,8 +35,8 @@ def start(coordinator=None, num_processes=None, process_id=None):
 
 
 def pmap(fn, in_axes, donate_argnums=()):
-    """`jax.pmap` over AXIS with unreplicated outputs: what `fn` returns must be equal on all devices
-    (reduced or gathered); pmap does not check it and would hand back the first device's."""
+    """`jax.pmap` over AXIS with unreplicated outputs: what `fn` returns must be equal on all
+    devices (reduced or gathered); pmap does not check it and hands back the first device's."""
     return jax.pmap(fn, axis_name=AXIS, in_axes=in_axes, out_axes=None,
                     donate_argnums=donate_argnums)
 

@@ -21,8 +21,8 @@ import tqdm
 from common import report
 
 # flags that may differ when a work directory is taken up again: they change no number in it
-FREE = ("workdir", "arms", "seeds", "checkpoint_every", "coordinator", "num_processes", "process_id",
-        "data_dir")
+FREE = ("workdir", "arms", "seeds", "checkpoint_every", "coordinator", "num_processes",
+        "process_id", "data_dir")
 
 
 def define_flags(script):
@@ -147,7 +147,8 @@ def open_workdir(config):
         except OSError as e:
             raise ValueError(f"--workdir={config.workdir}: {e.strerror}") from None
         report.write_json(path, {
-            "flags": dict(config), "command": " ".join(sys.argv), "python": platform.python_version(),
+            "flags": dict(config), "command": " ".join(sys.argv),
+            "python": platform.python_version(),
             "jax": jax.__version__, "commit": commit(), "machine": platform.machine(),
             "hosts": jax.process_count(),
             "devices": [str(d.device_kind) for d in jax.devices()]})
@@ -200,9 +201,9 @@ class Books:
         saved = saved or {"seconds": 0.0, "sums": {}, "count": 0}
         self.seconds, self.sums, self.count = saved["seconds"], saved["sums"], saved["count"]
         self._late, self._since = collections.deque(), None
-        self._bar = tqdm.tqdm(total=steps * examples_per_step, desc=name, unit="ex", unit_scale=True,
-                              disable=None if jax.process_index() == 0 else True, leave=False,
-                              mininterval=0.5)
+        self._bar = tqdm.tqdm(
+            total=steps * examples_per_step, desc=name, unit="ex", unit_scale=True, leave=False,
+            mininterval=0.5, disable=None if jax.process_index() == 0 else True)
         self.per_step, self.name = examples_per_step, name
 
     def resume_clock(self, step):
