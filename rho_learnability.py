@@ -636,7 +636,8 @@ def check(config, typed=()):
                              "--label_noise to classification, --caption_noise to image_text")
     devices.divides(batch_size=config.batch_size)
     want(round(config.ratio * config.batch_size) % jax.device_count() == 0, "ratio",
-         f"a super-batch (ratio * batch_size) that divides over {jax.device_count()} devices")
+         f"a super-batch (ratio * batch_size) that divides over {jax.device_count()} devices: a "
+         f"multiple of {jax.device_count()}")
 
 
 def build_models(config, source):
