@@ -53,9 +53,10 @@ PRESETS = {
     # the README's tables
     "fashion_mnist": dict(
         dataset="fashion_mnist", label_noise=0.4, patch=7, learner="96/4/384/4",
-        proxy="32/2/128/2", arms=list(ARMS), ratio=5.0, temperature=0.5, reference="held_out",
-        held_out_fraction=0.2, reference_noise=0.0, steps=600, active_steps=300, eval_every=30,
-        learning_rate=2e-3, proxy_learning_rate=4e-3, reference_learning_rate=4e-3),
+        proxy="32/2/128/2", ratio=5.0, temperature=0.5, reference="held_out",
+        held_out_fraction=0.2, reference_noise=0.0, reference_steps=1000, steps=600,
+        active_steps=320, eval_every=30, learning_rate=2e-3, proxy_learning_rate=4e-3,
+        reference_learning_rate=4e-3),
     "emoji": dict(
         dataset="emoji", task="image_text", contrastive_loss="softmax", caption_noise=0.5,
         image_size=32, patch=8, context=24, learner="64/2/256/4", proxy="mu", ratio=4.0,
