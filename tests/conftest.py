@@ -1,4 +1,4 @@
-"""Every test runs on eight forced CPU devices, and imports the scripts from the repository's root."""
+"""Every test runs on eight forced CPU devices and imports the scripts from the root."""
 
 import os
 import sys

@@ -1,5 +1,6 @@
 """Algorithm 1 does what the paper says, for any number of devices, and costs what its bill says."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from common import data, devices, report, vit
+from common import devices, report, vit
 import rho_learnability as rho
 import slow_rho
 
@@ -103,7 +104,8 @@ def random_weights(tree, seed, scale=0.4):
     """Weights for a tree of shapes, far from any that `init` makes symmetric or zero."""
     rng = np.random.default_rng((7, seed))
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: np.float32(("scale" in path[-1].key) + scale * rng.normal(size=x.shape)), tree)
+        lambda path, x: np.float32((path[-1].key == "scale") + scale * rng.normal(size=x.shape)),
+        tree)
 
 
 jitted_init = jax.jit(lambda m: rho.init(jax.random.key(0), m), static_argnums=0)
@@ -222,7 +224,8 @@ def test_sharded_training_loss_and_gradient_are_those_of_the_whole_batch(on_devi
             params["b"] = np.float32(-1.3)
         slow = lambda p: (
             slow_rho.siglip_loss(p["image"], p["text"], math.exp(p["log_t"]), p["b"])
-            if loss == "sigmoid" else slow_rho.clip_loss(p["image"], p["text"], math.exp(p["log_t"])))
+            if loss == "sigmoid" else
+            slow_rho.clip_loss(p["image"], p["text"], math.exp(p["log_t"])))
 
     def fn(params, rows, batch):
         def loss_of(params):
@@ -322,7 +325,8 @@ def test_picks_are_sorted_in_range_and_repeat_only_with_replacement(
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@given(scores=st.lists(any_float, min_size=12, max_size=12), bad=st.sets(st.integers(0, 11), max_size=7),
+@given(scores=st.lists(any_float, min_size=12, max_size=12),
+       bad=st.sets(st.integers(0, 11), min_size=1, max_size=7),
        seed=st.integers(0, 2**31 - 1), sampling=st.sampled_from(["gumbel", "topk", "replacement"]))
 def test_a_score_that_is_not_a_number_is_never_picked_while_others_are_left(
         scores, bad, seed, sampling):
@@ -376,6 +380,7 @@ def test_views_are_shifted_by_up_to_an_eighth_and_half_of_them_are_flipped(on_de
                 rows, columns = (np.clip(np.arange(side) + d, 0, side - 1) for d in (down, right))
                 view = pixel[np.ix_(rows, columns)]
                 known[(view[:, ::-1] if flip else view).tobytes()] = (flip, down, right)
+    assert all(v.tobytes() in known for v in views)  # nothing else is done to them
     found = np.array([known[v.tobytes()] for v in views])
     expected = {(d, r) for d in range(-2, 3) for r in range(-2, 3)}
     assert {(d, r) for _, d, r in found.tolist()} == expected  # 16 / 8 = 2 pixels each way
@@ -478,7 +483,8 @@ def test_the_roles_in_the_state_are_those_that_the_arm_needs():
 def test_every_arm_starts_from_the_same_learner_and_no_role_from_another_s_weights():
     m = model("8/1/16/2", "cross_entropy")
     states = jax.jit(lambda: {arm: rho.initial_state(
-        arm, jax.random.key(0), m, m, OPTIMISERS, reference="online") for arm in ("uniform", "learnability")})()
+        arm, jax.random.key(0), m, m, OPTIMISERS, reference="online")
+        for arm in ("uniform", "learnability")})()
     assert_trees_equal(states["learnability"]["learner"], states["uniform"]["learner"])
     roles = [states["learnability"][r]["params"] for r in ("learner", "actor", "reference")]
     for i in range(3):
@@ -521,30 +527,32 @@ def test_both_models_train_on_the_picked_examples_and_on_nothing_else(loss):
     batch["reference_loss"] = np.full(B, 500, np.float32)
     batch["reference_loss"][wanted] = 0  # far beyond the reach of the Gumbel noise
 
+    before = start("learnability", loss)
+
     def trained(row=None, field=None):
         changed = {k: v.copy() for k, v in batch.items()}
         if field == "image":
             changed["image"][row] = 255 - changed["image"][row]
         elif field:
             changed[field][row] = (changed[field][row] + 1) % C
-        state, metrics = step(program("learnability", loss), start("learnability", loss), 0, changed)
+        state, metrics = step(program("learnability", loss), before, 0, changed)
         np.testing.assert_array_equal(np.flatnonzero(picked(metrics)), wanted)
         return {role: state[role]["params"] for role in ("learner", "actor")}
 
-    before = trained()
+    plain = trained()
     for field in ("image", "label" if loss == "cross_entropy" else "tokens"):
         for row in np.setdiff1d(np.arange(B), wanted):
-            assert_trees_equal(trained(row, field), before)
+            assert_trees_equal(trained(row, field), plain)
         for row in wanted[[0, -1]]:
             after = trained(row, field)
-            assert trees_differ(after["learner"], before["learner"])
-            assert trees_differ(after["actor"], before["actor"])
+            assert trees_differ(after["learner"], plain["learner"])
+            assert trees_differ(after["actor"], plain["actor"])
 
     # and it is one step of gradient descent on the mean loss of those rows, for both
     small = {k: v[wanted] for k, v in batch.items() if k in ("image", "label", "tokens")}
     for role, m, smoothing in zip(("learner", "actor"), pair(loss), (0.1, 0.0)):
-        params = start("learnability", loss)[role]["params"]
-        assert_trees_close(before[role], jax.tree.map(
+        params = before[role]["params"]
+        assert_trees_close(plain[role], jax.tree.map(
             lambda p, g: p - 0.3 * g, params, dense_grad(params, small, m, smoothing)),
             rtol=1e-4, atol=1e-5)
 
@@ -655,7 +663,8 @@ def test_an_example_trains_in_the_same_view_whether_that_or_the_plain_image_is_s
     (clean, clean_scores), (train, train_scores), (plain, plain_scores) = results
     assert_trees_close(clean, train, rtol=1e-5, atol=1e-6)
     assert trees_differ(clean, plain)
-    np.testing.assert_allclose(clean_scores["score_picked"], plain_scores["score_picked"], rtol=1e-6)
+    np.testing.assert_allclose(
+        clean_scores["score_picked"], plain_scores["score_picked"], rtol=1e-6)
     assert abs(train_scores["score_picked"] - plain_scores["score_picked"]) > 1e-4
 
 
@@ -705,10 +714,12 @@ def test_the_bill_is_the_paper_s(ratio):
 
 def test_the_bill_of_each_arm_charges_what_it_uses():
     f, p = F["B"], F["Ti"]
-    roles = ("learner", "actor_scoring", "actor_training", "reference_scoring", "reference_training")
+    roles = ("learner", "actor_scoring", "actor_training", "reference_scoring",
+             "reference_training")
     for arm, reference, proxy_forwards in (
             ("uniform", None, (0, 0, 0, 0)), ("hard_learner", None, (2, 3, 0, 0)),
-            ("easy_reference", "computed", (0, 0, 2, 0)), ("easy_reference", "cached", (0, 0, 0, 0)),
+            ("easy_reference", "computed", (0, 0, 2, 0)),
+            ("easy_reference", "cached", (0, 0, 0, 0)),
             ("learnability", "cached", (2, 3, 0, 0)), ("learnability", "online", (2, 3, 0, 6)),
             ("rho_loss", "computed", (2 * f / p, 0, 2, 0))):
         got = bill("B", "Ti", arm, reference)
@@ -751,7 +762,7 @@ def test_break_even_savings_are_the_published_ones(proxy, learner):
     flops = bill(learner, proxy)
     extra = flops["actor_scoring"] + flops["reference_scoring"]
     parts = (0, flops["actor_training"], 3 * b * F[proxy])
-    for printed, part, k in zip(slow_rho.BREAK_EVEN[proxy, learner], parts, (4, 7, 10), strict=True):
+    for printed, part, k in zip(slow_rho.BREAK_EVEN[proxy, learner], parts, (4, 7, 10)):
         extra += part
         saving = 1 - 1 / (1 + extra / flops["learner"])
         tolerance = 0.5 if isinstance(printed, int) else 0.25  # per cent; costs agree to 1 in 100
@@ -768,12 +779,12 @@ def dot_flops(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            left = eqn.invars[0].aval.shape
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+            depth = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * depth
         assert "conv" not in eqn.primitive.name or "convert" in eqn.primitive.name
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         assert eqn.primitive.name not in ("while", "cond")
-        total += times * sum(dot_flops(inner) for inner in jax.extend.core.jaxprs_in_params(eqn.params))
+        total += times * sum(map(dot_flops, jax.extend.core.jaxprs_in_params(eqn.params)))
     return total
 
 
@@ -808,7 +819,7 @@ def test_closed_form_flops_are_those_of_the_program(tower):
 @pytest.mark.parametrize("tower", TOWERS)
 def test_a_gradient_costs_three_forwards(tower, remat):
     init, apply, flops, config = TOWERS[tower]
-    config = rho.dataclasses.replace(config, remat=remat)
+    config = dataclasses.replace(config, remat=remat)
     params = jax.eval_shape(lambda: init(jax.random.key(0), config))
     grad = jax.grad(lambda p, x: apply(p, x, config).sum())
     forwards = dot_flops(jax.make_jaxpr(grad)(params, tower_input(config, 3)).jaxpr) / (
@@ -888,9 +899,9 @@ def test_bfloat16_and_remat_give_nearly_the_same(tower):
     def out_and_grads(config):
         return apply(params, x, config), jax.grad(lambda p: (apply(p, x, config)**2).sum())(params)
 
-    plain, remat = out_and_grads(config), out_and_grads(rho.dataclasses.replace(config, remat=True))
+    plain, remat = out_and_grads(config), out_and_grads(dataclasses.replace(config, remat=True))
     assert_trees_close(plain, remat, rtol=1e-3, atol=1e-4 * abs(plain[0]).max())
-    config = rho.dataclasses.replace(config, dtype="bfloat16")
+    config = dataclasses.replace(config, dtype="bfloat16")
     half = jax.jit(lambda: apply(params, x, config))()
     assert half.dtype == np.float32 and (half != plain[0]).any()
     assert abs(half - plain[0]).max() < 0.05 * abs(plain[0]).max()
@@ -909,7 +920,7 @@ def test_padding_is_neither_seen_nor_pooled(pool):
     params["position"][5:] -= 3
     np.testing.assert_allclose(apply(params, tokens, config), want, atol=1e-5)
     params["position"] = params["position"][:5]  # a context that just fits
-    short = rho.dataclasses.replace(config, context=5)
+    short = dataclasses.replace(config, context=5)
     np.testing.assert_allclose(apply(params, tokens[:, :5], short), want, atol=1e-5)
     tokens[:, 4] = tokens[:, 4] % (VOCAB - 1) + 1
     assert abs(apply(params, tokens[:, :5], short) - want).max() > 1e-3
@@ -927,14 +938,15 @@ def test_a_classifier_starts_at_chance_and_a_pair_of_towers_at_the_published_t_a
 
 
 def test_recall_counts_a_caption_that_reads_the_same_as_right():
-    rng = np.random.default_rng(6)
-    queries, keys, text = rng.normal(size=(12, 3)), rng.normal(size=(12, 3)), rng.integers(0, 6, 12)
-    for k in (1, 3, 12, 20):
+    rng, n = np.random.default_rng(6), 40
+    queries, keys, text = rng.normal(size=(n, 3)), rng.normal(size=(n, 3)), rng.integers(0, 25, n)
+    for k in (1, 3, 8, n, n + 5):
         hits = 0
-        for i in range(12):
-            order = sorted(range(12), key=lambda j: -float(queries[i] @ keys[j]))
+        for i in range(n):
+            order = sorted(range(n), key=lambda j: -float(queries[i] @ keys[j]))
             hits += any(text[j] == text[i] for j in order[:k])
-        assert rho.recall(queries, keys, text, k, block=5) == pytest.approx(hits / 12)
+        assert rho.recall(queries, keys, text, k, block=7) == pytest.approx(hits / n)
+        assert hits or k == 1
 
 
 # ----------------------------------------------------------------------------------------- keys
