@@ -23,20 +23,15 @@ reference); where we differ: README, "Where we differ from the paper".
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
-import textwrap
-import time
 
 from absl import flags
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common import checkpoint, data, devices, report, run, vit
+from common import checkpoint, data, devices, report, retrieval, run, stage, vit
 from common.devices import AXIS
 
 ARMS = ("uniform", "learnability", "easy_reference", "hard_learner", "rho_loss")
@@ -204,16 +199,6 @@ def select(key, score_B, n, temperature=1.0, sampling="gumbel"):
     return jnp.sort(jax.lax.top_k(logit_B, n)[1])
 
 
-def take(x_N, index_S):
-    """Rows `index_S` (global) of an array that is sharded [N, ...] over the devices; each device
-    gets its S/n of them. Only the rows that were picked travel. Inside `pmap`."""
-    row_S = index_S - jax.lax.axis_index(AXIS) * len(x_N)
-    mine_S = (row_S >= 0) & (row_S < len(x_N))
-    x_S = x_N[jnp.clip(row_S, 0, len(x_N) - 1)]
-    x_S = jnp.where(mine_S.reshape(-1, *[1] * (x_N.ndim - 1)), x_S, 0)
-    return jax.lax.psum_scatter(x_S, AXIS, tiled=True)
-
-
 def augment(key, index_N, image_NHWC, kind):
     """A view of each image, drawn from its place in the super-batch: the same on any device."""
     if kind == "none":
@@ -257,7 +242,7 @@ def softmax_loss(x_SE, y_AE, log_t, first=0):
 
 
 def sigmoid_loss(x_SE, y_AE, log_t, b, first=0):
-    """SigLIP: mean over rows i of sum over j of -log sigmoid(+-(t x_i.y_j + b)), + for i's own j."""
+    """SigLIP: mean over rows i of sum over j of -log sigmoid(+-(t x_i.y_j + b)), + for own j."""
     logits_SA = jnp.exp(log_t) * jnp.einsum("se,ae->sa", x_SE, y_AE) + b
     own_S = first + jnp.arange(len(x_SE))
     sign_SA = 2 * jax.nn.one_hot(own_S, len(y_AE)) - 1
@@ -329,7 +314,7 @@ def algorithm_1(state, index, key, batch_N, *, arm, n_select, learner, proxy, op
     truth_B = {k: devices.gather(v) for k, v in batch_N.items() if v.dtype == bool}
     batch_N = {k: v for k, v in batch_N.items() if v.dtype != bool}
     if score_view == "train":
-        batch_N["image"] = augment(key_view, places(batch_N), batch_N["image"], view)
+        batch_N["image"] = augment(key_view, devices.places(batch_N), batch_N["image"], view)
 
     # score the super-batch and pick; scores are gathered, images stay where they are
     pick_S, batch_S, metrics = jnp.arange(n_select), batch_N, {}
@@ -339,11 +324,12 @@ def algorithm_1(state, index, key, batch_N, *, arm, n_select, learner, proxy, op
             proxy_smoothing=proxy_smoothing, staleness=staleness)
         pick_S = select(key_select, score_B, n_select, temperature,
                         "topk" if arm == "rho_loss" else sampling)
-        batch_S = {k: take(v, pick_S) for k, v in batch_N.items()}
+        batch_S = {k: devices.take(v, pick_S) for k, v in batch_N.items()}
         metrics = {"score_pool": score_B.mean(), "score_pool_sd": score_B.std(),
                    "score_picked": score_B[pick_S].mean()}
     if score_view == "clean":
-        batch_S["image"] = augment(key_view, pick_S[places(batch_S)], batch_S["image"], view)
+        batch_S["image"] = augment(key_view, pick_S[devices.places(batch_S)], batch_S["image"],
+                                   view)
 
     # both models train on what was picked, and on nothing else
     state = dict(state)
@@ -355,12 +341,6 @@ def algorithm_1(state, index, key, batch_N, *, arm, n_select, learner, proxy, op
     for k, v_B in truth_B.items():
         metrics |= {f"picked_{k}": v_B[pick_S].mean(), f"pool_{k}": v_B.mean()}
     return state, {"loss": loss, **metrics}
-
-
-def places(batch_N):
-    """Where this device's rows stand in the whole batch: int [N]."""
-    n = len(batch_N["image"])
-    return jax.lax.axis_index(AXIS) * n + jnp.arange(n)
 
 
 def step_flops(arm, batch_size, ratio, F_L, F_p, reference):
@@ -392,28 +372,13 @@ def evaluate(params, forward, pool, batch_size, model):
     Classification: accuracy and cross-entropy. Image-text: recall at 1 and 10 of the right caption
     from an image and back (a caption that reads the same is right too), and the two's mean.
     """
-    parts = [got for got, _ in forward_all(params, forward, pool, batch_size)]
+    parts = [got for got, _ in stage.forward_all(params, forward, pool, batch_size)]
     got = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     out = got["out"]
     if model.loss == "cross_entropy":
         return {"accuracy": float((out.argmax(1) == got["label"]).mean()),
                 "eval_loss": float(np.mean(actor_loss(out, got)))}
-    _, text_B = np.unique(got["tokens"], axis=0, return_inverse=True)
-    metrics = {}
-    for k in (1, 10):
-        way = [recall(x, y, text_B.reshape(-1), k) for x, y in (out, out[::-1])]
-        metrics |= {f"image_to_text@{k}": way[0], f"text_to_image@{k}": way[1],
-                    f"recall@{k}": sum(way) / 2}
-    return metrics
-
-
-def recall(query_BE, key_BE, text_B, k, block=2048):
-    """Fraction of queries with a right key (the same text) among their k most similar ones."""
-    hits = 0
-    for i in range(0, len(query_BE), block):
-        near = np.argpartition(-query_BE[i:i + block] @ key_BE.T, min(k, len(key_BE)) - 1)[:, :k]
-        hits += (text_B[near] == text_B[i:i + block, None]).any(1).sum()
-    return float(hits / len(query_BE))
+    return retrieval.recalls(*out, got["tokens"], ks=(1, 10))
 
 
 def make_forward(model):
@@ -424,119 +389,20 @@ def make_forward(model):
     return devices.Program(forward, in_axes=(None, 0))
 
 
-def forward_all(params, forward, pool, batch_size):
-    """Yields (what `forward` gives for a batch, on the host; seconds on the device) over a pool."""
-    for batch in data.sweep(pool, batch_size, (jax.process_index(), jax.process_count())):
-        batch = devices.shard({k: batch[k] for k in ("image", "label", "tokens", "valid")
-                               if k in batch})
-        forward.compile(params, batch)
-        begin = time.perf_counter()
-        got = jax.device_get(forward(params, batch))
-        seconds, valid = time.perf_counter() - begin, got.pop("valid")
-        yield jax.tree.map(lambda x: x[valid], got), seconds
-
-
-# -------------------------------------------------------------------------------------- stages
-
-
-def fit(name, seed, step, state, key, batches, *, steps, batch_size, n_scored, per_step, one_off,
-        setup_seconds, metrics_of, config, metrics_file, stop):
-    """Trains from the last checkpoint to the end: a flat loop. Returns the state.
-
-    Args: `step(state, index, key, batch)` is a devices.Program; `batches(start)` yields sharded
-      batches from step `start` on; per_step, one_off: FLOPs by role; `metrics_of(state)` evaluates.
-    """
-    saved = checkpoint.Checkpoints(os.path.join(config.workdir, "checkpoints", f"{name}-{seed}"))
-    start, books = saved.latest() or 0, None
-    if start:
-        state, books = saved.restore(state)
-    if start >= steps:
-        saved.close()
-        return state
-    if jax.process_index() == 0:
-        metrics_file.rewind(name, seed, start)
-    state = devices.to_host(state)  # no two leaves share a buffer that is donated
-    books = run.Books(f"{name} seed {seed}", steps, batch_size, books)
-    save_every = config.checkpoint_every or config.eval_every
-
-    try:
-        for index, batch in enumerate(batches(start), start):
-            step.compile(state, np.int32(index), key, batch)  # once, and off the clock
-            books.resume_clock(index)
-            state, metrics = step(state, np.int32(index), key, batch)
-            books.push(index, metrics)
-            done = index + 1
-            flops = {k: one_off.get(k, 0) + done * per_step.get(k, 0)
-                     for k in {**per_step, **one_off}}
-            evaluate_now = done % config.eval_every == 0 or done == steps
-            stopping = bool(stop) if jax.process_count() == 1 or evaluate_now else False
-            if evaluate_now:
-                books.stop_clock()
-                row = {"arm": name, "seed": seed, "step": done,
-                       "examples_trained": done * batch_size, "examples_scored": done * n_scored,
-                       "seconds": books.seconds, "setup_seconds": setup_seconds, "flops": flops,
-                       **books.row(), **metrics_of(state)}
-                if jax.process_index() == 0:
-                    metrics_file.append(row)
-            if done % save_every == 0 or done == steps or stopping:
-                books.stop_clock()
-                saved.save(done, state, {**books.state(), "flops": report.total_flops(flops)})
-            if stopping and done < steps:
-                raise run.Stopped(f"stopped after step {done} of {name}, seed {seed}, which is "
-                                  "saved: the same command goes on from there")
-    finally:
-        saved.close()
-        books.close()
-    return state
-
-
 def new_state(key, model, optimiser):
     params = init(key, model)
     return {"params": params, "opt": optimiser.init(params)}
 
 
-def digest(params):
-    """sha256 of the weights."""
-    sha = hashlib.sha256()
-    for leaf in jax.tree.leaves(jax.device_get(params)):
-        sha.update(np.ascontiguousarray(leaf).tobytes())
-    return sha.hexdigest()
-
-
-def read_scores(path, made_by):
-    """(losses, seconds) from a score cache, an npz file that records what it was made by.
-
-    Raises: ValueError if it is damaged, or differs from `made_by` in something.
-    """
-    try:
-        with np.load(path) as f:
-            theirs, loss, seconds = json.loads(str(f["made_by"])), f["loss"], float(f["seconds"])
-    except Exception as e:  # a zip file has many ways to be broken
-        raise ValueError(
-            f"--score_cache: {path} is damaged ({type(e).__name__}): delete it") from None
-    differ = [k for k in made_by if theirs.get(k) != made_by[k]]
-    if differ:
-        raise ValueError(f"--score_cache: {path} was made with other {' and '.join(differ)}: "
-                         "delete it, or name another")
-    return loss, seconds
-
-
 def score_pool(params, pool, forward, batch_size, path):
     """Losses [len(pool)] of every example of a pool under a frozen reference, in the order of its
     ids, and the seconds it took; cached in the file `path`."""
-    made_by = {"weights": digest(params), "view": "clean", "data": pool.identity(),
-               "ids": hashlib.sha256(pool.ids.tobytes()).hexdigest()}
-    if devices.agree(os.path.exists(path)):
-        return read_scores(path, made_by)
-    parts = [(np.asarray(actor_loss(got["out"], got)), seconds)
-             for got, seconds in forward_all(params, forward, pool, batch_size)]
-    loss, seconds = np.concatenate([x for x, _ in parts]), sum(s for _, s in parts)
-    if jax.process_index() == 0:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        np.savez(path + ".tmp.npz", made_by=json.dumps(made_by), id=pool.ids, loss=loss,
-                 seconds=seconds)
-        os.replace(path + ".tmp.npz", path)
-    return loss, seconds
+    def make():
+        parts = [(np.asarray(actor_loss(got["out"], got)), seconds)
+                 for got, seconds in stage.forward_all(params, forward, pool, batch_size)]
+        return {"loss": np.concatenate([x for x, _ in parts])}, sum(s for _, s in parts)
+    arrays, seconds = stage.cached(path, params, pool, make)
+    return arrays["loss"], seconds
 
 
 # ------------------------------------------------------------------------------------ picture
@@ -546,7 +412,7 @@ def choose(arm, seed, pool, state, losses, config, learner, proxy, optimisers, n
     """Scores and picks on one more super-batch, after the last step: (ids [B], score [B], pick)."""
     index = config.steps  # the same super-batch for every arm
     batch = next(data.batches(pool, seed=seed, batch_size=n, start=index, stop=index + 1,
-                              host=(jax.process_index(), jax.process_count())))
+                              host=devices.host()))
     ids = data.batch_ids(pool.ids, seed, index, n)
     if losses is not None:
         batch["reference_loss"] = losses[np.searchsorted(pool.ids, batch["id"])]
@@ -561,38 +427,6 @@ def choose(arm, seed, pool, state, losses, config, learner, proxy, optimisers, n
     score_B, pick_S = jax.device_get(devices.pmap(pick, (None, None, 0))(
         state, jax.random.fold_in(jax.random.key(seed), index), devices.shard(batch)))
     return ids, score_B, pick_S
-
-
-def draw_picks(rows, ids, score_B, pick_S, *, pool, arm, path, columns=12):
-    """picks.png: a random dozen of what the arm takes and one of what it leaves, best score first,
-    and the fractions of planted examples it picked over time."""
-    from matplotlib import figure, gridspec
-    fig = figure.Figure(figsize=(14, 6.6), layout="constrained")
-    grid = gridspec.GridSpec(4, columns, figure=fig, height_ratios=[1, 1, 0.08, 1.5])
-    rng = np.random.default_rng(0)
-    left = np.setdiff1d(np.arange(len(ids)), pick_S)
-    for r, (title, some) in enumerate((("takes", np.unique(pick_S)), ("leaves", left))):
-        some = rng.permutation(some)[:columns]
-        some = some[np.argsort(-score_B[some])]
-        if not len(some):  # at ratio 1 nothing is left
-            continue
-        batch = pool.read(ids[some])
-        for c, (image, noisy, k) in enumerate(zip(batch["image"], batch["noisy"], some)):
-            ax = fig.add_subplot(grid[r, c], xticks=[], yticks=[])
-            ax.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-            (donor,) = pool.donor(ids[k:k + 1])
-            says = pool.source.describe(donor)
-            ax.set_title(f"{score_B[k]:+.2f}", fontsize=9)
-            ax.set_xlabel(textwrap.fill(says if len(says) < 34 else says[:31] + "...", 17),
-                          fontsize=8, color="#D55E00" if noisy else "black")
-            for spine in ax.spines.values():
-                spine.set(color="#D55E00" if noisy else "black", linewidth=2.5 if noisy else 0.6)
-            if c == 0:
-                ax.set_ylabel(title, fontsize=12)
-    report.selection_curves(fig.add_subplot(grid[3, :]), rows)
-    fig.suptitle(f"What {arm} takes and leaves of one super-batch, after training: score above, "
-                 "the label or caption as given below; orange: it is wrong")
-    fig.savefig(path, dpi=110)
 
 
 # --------------------------------------------------------------------------------------- main
@@ -714,14 +548,14 @@ def main():
     for seed in config.seeds:  # what was given is looked at before any work is done
         made_by, cache = {}, (config.score_cache or "").format(seed=seed)
         if config.reference not in ("in_domain", "held_out", "online"):
-            made_by["weights"] = digest(checkpoint.restore_params(
+            made_by["weights"] = stage.digest(checkpoint.restore_params(
                 config.reference.format(seed=seed), like, "reference")[0])
         if os.path.exists(cache):
-            read_scores(cache, made_by)
+            stage.read_cache(cache, made_by)
     run.open_workdir(config)
     metrics_file = report.MetricsFile(os.path.join(config.workdir, "metrics.jsonl"))
     stop, forwards = run.Stop(), {m: make_forward(m) for m in (learner, proxy)}
-    test_pool, host = data.Pool(test_source), (jax.process_index(), jax.process_count())
+    test_pool = data.Pool(test_source)
     fields = ("image", "tokens" if text else "label", "reference_loss", *data.TRUTHS)
     b, B = config.batch_size, round(config.ratio * config.batch_size)
     F_L, F_p = forward_flops(learner), forward_flops(proxy)
@@ -739,14 +573,15 @@ def main():
         """One stage or arm: loads its batches, cached reference losses among them, and fits."""
         def load(start):
             for batch in data.batches(pool, seed=seed, batch_size=n_scored, start=start,
-                                      stop=steps[name], host=host):
+                                      stop=steps[name], host=devices.host()):
                 if losses is not None:
                     batch["reference_loss"] = losses[np.searchsorted(pool.ids, batch["id"])]
                 yield devices.shard({k: batch[k] for k in fields if k in batch})
-        return fit(name, seed, programs[name][0], state, key, load, steps=steps[name], batch_size=b,
-                   n_scored=n_scored, per_step=per_step, config=config, stop=stop,
-                   metrics_file=metrics_file, **rest, metrics_of=lambda state: evaluate(
-                       state["learner"]["params"], forwards[model], test_pool, b, model))
+        return stage.fit(
+            name, seed, programs[name][0], state, key, load, steps=steps[name], batch_size=b,
+            n_scored=n_scored, per_step=per_step, config=config, stop=stop,
+            metrics_file=metrics_file, **rest, metrics_of=lambda state: evaluate(
+                state["learner"]["params"], forwards[model], test_pool, b, model))
 
     def frozen_reference(seed, whole, pool, key_init, key_steps):
         """Weights, cached losses of `pool` (or None), FLOPs by role and seconds they all took."""
@@ -789,7 +624,8 @@ def main():
             pool, n_scored = (whole, b) if arm == "uniform" else (rest, B)
             state = train(
                 arm, seed, pool, state, key_steps, learner, n_scored=n_scored, losses=losses,
-                one_off=one_off, setup_seconds=seconds, per_step=step_flops(arm, b, config.ratio, F_L, F_p, kind))
+                one_off=one_off, setup_seconds=seconds,
+                per_step=step_flops(arm, b, config.ratio, F_L, F_p, kind))
             if shown is None and arm != "uniform":
                 shown = (arm, seed, rest, state, losses)
 
@@ -803,8 +639,8 @@ def main():
         report.write_json(os.path.join(config.workdir, "summary.json"), summary)
         report.curves(rows, summary, os.path.join(config.workdir, "curves.png"))
         if shown:
-            draw_picks(rows, *chosen, pool=shown[2], arm=shown[0],
-                       path=os.path.join(config.workdir, "picks.png"))
+            report.draw_picks(rows, *chosen, pool=shown[2], arm=shown[0],
+                              path=os.path.join(config.workdir, "picks.png"))
         print(report.table(summary), report.bill(summary), sep="\n\n")
 
 

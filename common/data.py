@@ -91,7 +91,8 @@ def open_source(dataset, split, *, data_dir=None, image_size=0, context=0, need=
         (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
     except Exception:
         raise ValueError(f"--split or --eval_split {split!r}: {dataset} has "
-                         f"{', '.join(builder.info.splits)}, and sub-splits of one such as 'train[:90%]'") from None
+                         f"{', '.join(builder.info.splits)}, and sub-splits of one such as "
+                         "'train[:90%]'") from None
     total = builder.info.splits[part.splitname].num_examples
     begin, end = part.from_ or 0, total if part.to is None else part.to
     if begin >= end:

@@ -9,6 +9,7 @@ import os
 import einops
 import jax
 import jax.flatten_util
+import jax.numpy as jnp
 import numpy as np
 
 AXIS = "devices"  # the name of the mapped axis, for the collectives
@@ -56,6 +57,11 @@ def divides(**batch_sizes):
                              f"give a positive multiple of {n}")
 
 
+def host():
+    """(index of this host, number of hosts)."""
+    return jax.process_index(), jax.process_count()
+
+
 def agree(flag):
     """Process 0's answer on every host, where a file may appear between two hosts' looks at it."""
     if jax.process_count() == 1:
@@ -81,6 +87,22 @@ def mean(tree):
 def gather(x):
     """Every device's rows [R, ...] in order, [n R, ...], on every device; differentiable."""
     return jax.lax.all_gather(x, AXIS, tiled=True)
+
+
+def take(x_N, index_S):
+    """Rows `index_S` (global) of an array that is sharded [N, ...] over the devices; each device
+    gets its S/n of them. Only the rows that were picked travel. Inside `pmap`."""
+    row_S = index_S - jax.lax.axis_index(AXIS) * len(x_N)
+    mine_S = (row_S >= 0) & (row_S < len(x_N))
+    x_S = x_N[jnp.clip(row_S, 0, len(x_N) - 1)]
+    x_S = jnp.where(mine_S.reshape(-1, *[1] * (x_N.ndim - 1)), x_S, 0)
+    return jax.lax.psum_scatter(x_S, AXIS, tiled=True)
+
+
+def places(batch_N):
+    """Where this device's rows stand in the whole batch: int [N]."""
+    n = len(batch_N["image"])
+    return jax.lax.axis_index(AXIS) * n + jnp.arange(n)
 
 
 class Program:

@@ -370,3 +370,35 @@ def selection_curves(ax, rows, kinds=KINDS):
     keys = {**colours, **styles}
     ax.legend(keys.values(), keys.keys(), loc="lower left", bbox_to_anchor=(0, 1), ncols=len(keys),
               frameon=False, fontsize=10, handlelength=2.2)
+
+
+def draw_picks(rows, ids, score_B, pick_S, *, pool, arm, path, columns=12):
+    """picks.png: a random dozen of what the arm takes and one of what it leaves, best score first,
+    and the fractions of planted examples it picked over time."""
+    from matplotlib import figure, gridspec
+    fig = figure.Figure(figsize=(14, 6.6), layout="constrained")
+    grid = gridspec.GridSpec(4, columns, figure=fig, height_ratios=[1, 1, 0.08, 1.5])
+    rng = np.random.default_rng(0)
+    left = np.setdiff1d(np.arange(len(ids)), pick_S)
+    for r, (title, some) in enumerate((("takes", np.unique(pick_S)), ("leaves", left))):
+        some = rng.permutation(some)[:columns]
+        some = some[np.argsort(-score_B[some])]
+        if not len(some):  # at ratio 1 nothing is left
+            continue
+        batch = pool.read(ids[some])
+        for c, (image, noisy, k) in enumerate(zip(batch["image"], batch["noisy"], some)):
+            ax = fig.add_subplot(grid[r, c], xticks=[], yticks=[])
+            ax.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+            (donor,) = pool.donor(ids[k:k + 1])
+            says = pool.source.describe(donor)
+            ax.set_title(f"{score_B[k]:+.2f}", fontsize=9)
+            ax.set_xlabel(textwrap.fill(says if len(says) < 34 else says[:31] + "...", 17),
+                          fontsize=8, color="#D55E00" if noisy else "black")
+            for spine in ax.spines.values():
+                spine.set(color="#D55E00" if noisy else "black", linewidth=2.5 if noisy else 0.6)
+            if c == 0:
+                ax.set_ylabel(title, fontsize=12)
+    selection_curves(fig.add_subplot(grid[3, :]), rows)
+    fig.suptitle(f"What {arm} takes and leaves of one super-batch, after training: score above, "
+                 "the label or caption as given below; orange: it is wrong")
+    fig.savefig(path, dpi=110)

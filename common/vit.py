@@ -155,7 +155,7 @@ def encoder_init(key, config):
 
 
 def encode(p, x_BTD, config, mask_BT=None):
-    """Tokens [B, T, D] through blocks, norm, pooling: [B, D]. Padding is neither seen nor pooled."""
+    """Tokens [B, T, D] through blocks, norm, pool: [B, D]. Padding is neither seen nor pooled."""
     heads = size(config.size)[3]
     body = lambda x, p_block: (block(p_block, x, heads, mask_BT), None)
     x_BTD, _ = jax.lax.scan(jax.checkpoint(body) if config.remat else body, x_BTD, p["blocks"])

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from common import devices, report, vit
+from common import devices, report, retrieval, vit
 import rho_learnability as rho
 import slow_rho
 
@@ -346,7 +346,7 @@ def test_take_gives_each_device_its_part_of_the_picked_rows(on_devices, n):
          "label": rng.integers(-2**31, 2**31, B).astype(np.int32),
          "loss": rng.normal(size=(B, 2)).astype(np.float32)}
     for picks in (np.sort(rng.permutation(B)[:S]), np.array([0, 0, 3, 3, 3, 14, 15, 15])):
-        got = on_devices(n, lambda x: {k: rho.take(v, picks) for k, v in x.items()},
+        got = on_devices(n, lambda x: {k: devices.take(v, picks) for k, v in x.items()},
                          sharded(x, n), in_axes=(0,), out_axes=0)
         for k, v in x.items():
             assert got[k].dtype == v.dtype
@@ -355,7 +355,7 @@ def test_take_gives_each_device_its_part_of_the_picked_rows(on_devices, n):
 
 def augmented(on_devices, n, images, kind):
     def fn(image_N):
-        index_N = rho.places({"image": image_N})
+        index_N = devices.places({"image": image_N})
         return devices.gather(rho.augment(jax.random.key(4), index_N, image_N, kind))
     return on_devices(n, fn, sharded(images, n), in_axes=(0,))
 
@@ -945,7 +945,7 @@ def test_recall_counts_a_caption_that_reads_the_same_as_right():
         for i in range(n):
             order = sorted(range(n), key=lambda j: -float(queries[i] @ keys[j]))
             hits += any(text[j] == text[i] for j in order[:k])
-        assert rho.recall(queries, keys, text, k, block=7) == pytest.approx(hits / n)
+        assert retrieval.recall(queries, keys, text, k, block=7) == pytest.approx(hits / n)
         assert hits or k == 1
 
 
