@@ -11,6 +11,7 @@ import functools
 import itertools
 import os
 
+from absl import logging
 import numpy as np
 
 from common import toy
@@ -47,31 +48,64 @@ class Source:
         return {k: v[rows] for k, v in self._cache.items()}
 
 
-def tokenize(caption, context):
-    """UTF-8 bytes of a caption, cut to fit, as int32 [context]: byte + 3, 1 at the end, 0 pads."""
+def tokenize(caption, context, encode=None):
+    """A caption, cut to fit, as int32 [context]: its ids by `encode`, 1 at the end, 0 pads."""
     tokens = np.zeros(context, np.int32)
-    data = np.frombuffer(caption.encode()[:context - 1], np.uint8)
-    tokens[:len(data)], tokens[len(data)] = data + np.int32(3), 1
+    ids = (encode or byte_ids)(caption)[:context - 1]
+    tokens[:len(ids)], tokens[len(ids)] = ids, 1
     return tokens
 
 
-VOCAB = 256 + 3  # of `tokenize`; 2 is free
+def byte_ids(caption):
+    """UTF-8 bytes, each + 3: 0 pads, 1 ends, 2 is free."""
+    return np.frombuffer(caption.encode(), np.uint8) + np.int32(3)
 
 
-def open_source(dataset, split, *, data_dir=None, image_size=0, context=0, need=(), toy_knobs=()):
+VOCAB = 256 + 3  # of `byte_ids`
+
+
+def tokenizer(path=None):
+    """(encode, vocabulary size): bytes, or the pieces of a sentencepiece model file, + 3 too."""
+    if not path:
+        return byte_ids, VOCAB
+    try:
+        import sentencepiece
+    except ImportError:
+        raise ValueError(f"--tokenizer={path} needs `pip install sentencepiece`") from None
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=path)
+    except Exception as e:
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ValueError(f"--tokenizer={path}: not a sentencepiece model ({why})") from None
+    return (lambda caption: np.array(pieces.encode(caption), np.int32) + 3,
+            pieces.vocab_size() + 3)
+
+
+def warn_of_lengths(source, encode, context, sample=1000):
+    """Logs how many captions are cut to `context` tokens and how many are empty, of a sample."""
+    some = source.ids[np.linspace(0, len(source.ids) - 1, min(sample, len(source.ids))).astype(int)]
+    lengths = np.array([len(encode(source.describe(i))) for i in some])
+    cut, empty = (lengths > context - 1).mean(), (lengths == 0).mean()
+    if cut or empty:
+        logging.warning("captions: %.1f %% are longer than --context=%d and are cut, %.1f %% are "
+                        "empty (of %d looked at)", 100 * cut, context, 100 * empty, len(some))
+
+
+def open_source(dataset, split, *, data_dir=None, image_size=0, context=0, encode=None,
+                need=(), toy_knobs=()):
     """A Source for `toy`, a TFDS name, or the path of a prepared TFDS directory.
 
     Args:
       image_size: side in pixels; larger or oblong images are resized and centre-cropped to it; 0
         takes the set's own size, which must then be one for all.
-      context: tokens per caption.
+      context: tokens per caption; encode: caption -> token ids, see `tokenizer`.
       need: the fields that the caller cannot do without, of 'label' and 'caption'.
       toy_knobs: keyword arguments of `toy.world`, for the split `train`; `test` is a balanced
         world of 2,000 clean examples.
     Raises: ValueError with one line that names the flag and the mend.
     """
     if dataset == "toy":
-        return _toy_source(split, image_size or 32, context, dict(toy_knobs))
+        return _toy_source(split, image_size or 32, context, encode, dict(toy_knobs))
     import tensorflow_datasets as tfds  # here and not above: it takes seconds, and toy needs none
 
     try:
@@ -129,7 +163,7 @@ def open_source(dataset, split, *, data_dir=None, image_size=0, context=0, need=
         if has["label"]:
             out["label"] = np.array([row["label"] for row in rows], np.int32)
         if text and context:
-            out["tokens"] = np.stack([tokenize(caption_of(row), context) for row in rows])
+            out["tokens"] = np.stack([tokenize(caption_of(row), context, encode) for row in rows])
         return out
 
     def describe(i):
@@ -156,7 +190,7 @@ def _fit(image, side):
     return image[top:top + side, left:left + side]
 
 
-def _toy_source(split, image_size, context, knobs):
+def _toy_source(split, image_size, context, encode, knobs):
     if split not in ("train", "test"):
         raise ValueError(f"--split or --eval_split {split!r}: toy has train, test")
     if split == "test":
@@ -164,7 +198,7 @@ def _toy_source(split, image_size, context, knobs):
     world = toy.world(image_size=image_size, **knobs)
     arrays = {k: v for k, v in world.items() if isinstance(v, np.ndarray)}
     if context:
-        arrays["tokens"] = np.stack([tokenize(c, context) for c in world["caption"]])
+        arrays["tokens"] = np.stack([tokenize(c, context, encode) for c in world["caption"]])
     n = len(arrays["label"])
     knobs_text = ", ".join(f"{k} {v}" for k, v in sorted(knobs.items()))
     return Source(f"toy/{split}, {knobs_text}, {image_size} px, {context} tokens", np.arange(n),
