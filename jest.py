@@ -766,8 +766,9 @@ def main():
             diagnose, kind=kind, low_patch=low_patch[arm], **common), (None, None, 0))
 
     def cost(arm, reuse=False):
-        coarse = forward_flops(cut_at(model, config.low_patch)) if low_patch[arm] else 0
-        return step_flops(*split_arm(arm), b, B, F, F_low=coarse, n_chunks=config.n_chunks,
+        method, kind = split_arm(arm)
+        F_low = forward_flops(cut_at(model, config.low_patch)) if method == "flexi_jest" else 0
+        return step_flops(method, kind, b, B, F, F_low=F_low, n_chunks=config.n_chunks,
                           F_reference=F_reference * (config.reference_scores == "computed"),
                           embed=config.embed, cotrain=config.cotrain, reuse=reuse)
 

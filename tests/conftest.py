@@ -37,3 +37,59 @@ def on_devices():
                           devices=jax.devices()[:n])
         return devices.to_host(mapped(*args))
     return run
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """name -> the directory of a small prepared set: 'labelled', with images of several sizes, and
+    'captioned', which has no labels."""
+    pytest.importorskip("importlib_resources")  # TFDS wants it to prepare a set
+    import io
+    import numpy as np
+    import PIL.Image
+    import tensorflow_datasets as tfds
+    n = {"train": 48, "test": 16}
+
+    def images(split, sizes):
+        """Encoded: given an array, TFDS would call TensorFlow to encode it."""
+        rng = np.random.default_rng(len(split))
+        for i in range(n[split]):
+            image = rng.integers(0, 256, (*sizes[i % len(sizes)], 3), np.uint8)
+            png = io.BytesIO()
+            PIL.Image.fromarray(image).save(png, "PNG")
+            yield i, io.BytesIO(png.getvalue())
+
+    class Labelled(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.ClassLabel(names=["ant", "bee", "cat"])}))
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(split) for split in n}
+
+        def _generate_examples(self, split):
+            for i, image in images(split, [(16, 16), (24, 19), (16, 40)]):
+                yield i, {"image": image, "label": i % 3}
+
+    class Captioned(Labelled):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+                "image": tfds.features.Image(shape=(16, 16, 3)),
+                "caption": tfds.features.Text()}))
+
+        def _generate_examples(self, split):
+            for i, image in images(split, [(16, 16)]):
+                yield i, {"image": image, "caption": f"picture {i} of a {'bee' if i % 2 else 'cat'}"}
+
+    data_dir = tmp_path_factory.mktemp("prepared")
+    out = {}
+    for name, kind in (("labelled", Labelled), ("captioned", Captioned)):
+        builder = kind(data_dir=data_dir, file_format="array_record")
+        builder.download_and_prepare()
+        out[name] = Path(builder.data_dir)
+    return out

@@ -5,147 +5,33 @@ the work directory of a fixture, and all share one compilation cache.
 """
 
 import concurrent.futures
-import io
 import json
 import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import rho_learnability
 from common import report
+from processes import (CLOCKS, ROOT, Command, assert_refused, gut, has_row, rows, trained,
+                       without_clocks)
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = "rho_learnability.py"
 MODEL = ("--learner=16/1/32/2", "--proxy=8/1/16/1", "--patch=16")
 METHOD = ("--ratio=2", "--temperature=1", "--reference=in_domain", "--reference_steps=0",
           "--learning_rate=1e-3")  # spelled out, so that another preset changes nothing here
 TINY = ("--toy_examples=600", "--steps=9", "--batch_size=8", "--eval_every=3", "--staleness=2",
         *METHOD, *MODEL)  # staleness: so that old weights too must come back after a kill
 THREE = "--arms=uniform,learnability,hard_learner"
-CLOCKS = ("seconds", "setup_seconds")
-LIMIT = 600  # seconds that any one process may take; none comes near on an idle machine
-
-
-# ------------------------------------------------------------------------------------ processes
-
-
-class Process:
-    """The command, started; its output goes to files, so that no pipe can fill up."""
-
-    def __init__(self, flags, environment, out):
-        self.out, self.err = out.with_suffix(".out"), out.with_suffix(".err")
-        with open(self.out, "wb") as stdout, open(self.err, "wb") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, SCRIPT, *map(str, flags)], cwd=ROOT, env=environment,
-                stdout=stdout, stderr=stderr)
-
-    def wait_for(self, condition):
-        """Returns as soon as `condition()` is true; the process must not have ended before."""
-        end = time.monotonic() + LIMIT
-        while not condition():
-            assert self.process.poll() is None, f"ended too early:\n{self.stderr}"
-            assert time.monotonic() < end, f"nothing came:\n{self.stderr}"
-            time.sleep(0.002)
-
-    def finish(self, timeout=LIMIT):
-        try:
-            self.process.wait(timeout)
-        finally:
-            if self.process.poll() is None:
-                self.process.kill()
-                self.process.wait()
-        self.code = self.process.returncode
-        return self
-
-    @property
-    def stdout(self):
-        return self.out.read_text()
-
-    @property
-    def stderr(self):
-        return self.err.read_text(errors="replace")
-
-    @property
-    def errors(self):
-        return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
-
-
-class Command:
-    def __init__(self, directory):
-        self.directory, self.count = directory, 0
-
-    def start(self, *flags, devices=1, **environment):
-        """A Process. Logs and warnings may be on stderr; `devices` are forced CPU devices."""
-        self.count += 1
-        kept = {k: v for k, v in os.environ.items()
-                if k not in ("XLA_FLAGS", "DEBUG") and not k.startswith(("JAX_", "SLURM_"))}
-        return Process(flags, {
-            **kept, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PJRT_NPROC": "16",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # programs this small compile longer than they run
-            "JAX_COMPILATION_CACHE_DIR": str(self.directory / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", **environment},
-            self.directory / f"{self.count:03d}")
-
-    def run(self, *flags, **kwargs):
-        return self.start(*flags, **kwargs).finish()
-
-    def good(self, *flags, **kwargs):
-        done = self.run(*flags, **kwargs)
-        assert done.code == 0, done.stderr
-        return done
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    return Command(tmp_path_factory.mktemp("command"))
-
-
-def assert_refused(done, *words, code=2):
-    """One line that says `error: ` and all of `words`; no traceback."""
-    assert "Traceback" not in done.stderr, done.stderr
-    assert len(done.errors) == 1, done.stderr
-    for word in words:
-        assert re.search(word, done.errors[0]), f"{word!r} is not in: {done.errors[0]}"
-    assert len(done.errors[0]) < 600
-    assert done.code == code, done.stderr
-
-
-def rows(workdir):
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def has_row(workdir, arm, step):
-    def condition():
-        path = workdir / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
-        return f'"arm": "{arm}", "seed": 0, "step": {step},' in text
-    return condition
-
-
-def without_clocks(some_rows):
-    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in some_rows]
-
-
-def trained(workdir, name):
-    """Arrays of the last checkpoint of an arm or stage (parameters, optimiser, stale weights)."""
-    import jax
-    import orbax.checkpoint as ocp
-    (last,) = (p for p in (workdir / "checkpoints" / name).iterdir() if p.name.isdigit())
-    with ocp.StandardCheckpointer() as checkpointer:
-        state = checkpointer.restore(last.resolve() / "state")
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return int(last.name), {jax.tree_util.keystr(k): np.asarray(v) for k, v in leaves}
+    return Command(tmp_path_factory.mktemp("command"), "rho_learnability.py")
 
 
 def assert_same_run(workdir, other):
@@ -282,60 +168,6 @@ def test_more_seeds_and_arms_extend_a_directory(finished, extended):
 # -------------------------------------------------------------------------- prepared data sets
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """name -> the directory of a small prepared set: 'labelled', with images of several sizes, and
-    'captioned', which has no labels."""
-    pytest.importorskip("importlib_resources")  # TFDS wants it to prepare a set
-    import PIL.Image
-    import tensorflow_datasets as tfds
-    n = {"train": 48, "test": 16}
-
-    def images(split, sizes):
-        """Encoded: given an array, TFDS would call TensorFlow to encode it."""
-        rng = np.random.default_rng(len(split))
-        for i in range(n[split]):
-            image = rng.integers(0, 256, (*sizes[i % len(sizes)], 3), np.uint8)
-            png = io.BytesIO()
-            PIL.Image.fromarray(image).save(png, "PNG")
-            yield i, io.BytesIO(png.getvalue())
-
-    class Labelled(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-                "image": tfds.features.Image(shape=(None, None, 3)),
-                "label": tfds.features.ClassLabel(names=["ant", "bee", "cat"])}))
-
-        def _split_generators(self, dl_manager):
-            return {split: self._generate_examples(split) for split in n}
-
-        def _generate_examples(self, split):
-            for i, image in images(split, [(16, 16), (24, 19), (16, 40)]):
-                yield i, {"image": image, "label": i % 3}
-
-    class Captioned(Labelled):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-                "image": tfds.features.Image(shape=(16, 16, 3)),
-                "caption": tfds.features.Text()}))
-
-        def _generate_examples(self, split):
-            for i, image in images(split, [(16, 16)]):
-                yield i, {"image": image, "caption": f"picture {i} of a {'bee' if i % 2 else 'cat'}"}
-
-    data_dir = tmp_path_factory.mktemp("prepared")
-    out = {}
-    for name, kind in (("labelled", Labelled), ("captioned", Captioned)):
-        builder = kind(data_dir=data_dir, file_format="array_record")
-        builder.download_and_prepare()
-        out[name] = Path(builder.data_dir)
-    return out
-
-
 FEW = ("--steps=4", "--batch_size=8", "--eval_every=2", *METHOD, *MODEL)
 
 
@@ -410,17 +242,6 @@ REFUSED = {  # flags, then what the line must name: the flag or file, and the me
     "reference in part": (["--reference={gutted}"], "--reference=.*gutted", "damaged"),
     "reference cut short": (["--reference={cut}"], "--reference=.*cut", "damaged"),
 }
-
-
-def gut(checkpoint, how):
-    """Damages the state of the one checkpoint in a directory: half its files 'gone' or all 'cut'."""
-    (last,) = (p for p in checkpoint.iterdir() if p.name.isdigit())
-    files = sorted(p for p in (last / "state").rglob("*") if p.is_file())
-    for path in files[::2] if how == "gone" else files:
-        if how == "gone":
-            path.unlink()
-        else:
-            os.truncate(path, path.stat().st_size // 2)
 
 
 @pytest.fixture(scope="module")
@@ -604,7 +425,7 @@ def test_a_bad_flag_on_one_host_ends_both(command, prepared, tmp_path):
 
 def test_help_mentions_every_flag(command):
     done = command.run("--help")
-    source = (ROOT / SCRIPT).read_text() + (ROOT / "common" / "run.py").read_text()
+    source = (ROOT / "rho_learnability.py").read_text() + (ROOT / "common" / "run.py").read_text()
     names = re.findall(r"\bDEFINE_\w+\(\s*\"(\w+)\"", source)
     assert len(names) > 50 and len(set(names)) == len(names)
     missing = [n for n in names if not re.search(rf"^ +--(\[no\])?{n}:", done.stdout, re.M)]

@@ -1,0 +1,74 @@
+"""The sampler of jest.py by itself: its speed against the dense form, and what chunks are worth.
+
+    python tests/sampler.py speed --sizes=1024,4096,16384
+    python tests/sampler.py curves --workdir=runs/jest         (a finished run of jest.py, arm jest)
+
+`speed` times both forms in turns, on random embeddings of two models, and prints medians, their
+ratio and the memory that each program asks for beyond its arguments (XLA's own count). `curves`
+takes the real scores of a run's final learner and reference, and prints batch learnability by number
+of chunks against a single-site Gibbs sampler's plateau, and by filtering ratio.
+"""
+
+import functools
+import os
+import statistics
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from absl import app, flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jest
+
+
+def sides(key, B, E):
+    """Learner and reference on B random pairs whose texts are near their images."""
+    def side(key):
+        key_image, key_text = jax.random.split(key)
+        image = jax.random.normal(key_image, (B, E))
+        text = image + jax.random.normal(key_text, (B, E))
+        return {"image": jest.unit(image), "text": jest.unit(text), "log_t": jnp.log(10.0),
+                "b": jnp.array(-10.0)}
+    return tuple(map(side, jax.random.split(key)))
+
+
+def speed(sizes, *, filter_ratio, n_chunks, embed, rounds):
+    print(f"{'B':>7} {'b':>6} {'dense s':>9} {'streaming s':>11} {'ratio':>6} "
+          f"{'dense MiB':>10} {'streaming MiB':>13}")
+    for B in sizes:
+        b = round(B * (1 - filter_ratio))
+        args = jax.random.key(1), *sides(jax.random.key(0), B, embed)
+        programs = {
+            "dense": lambda key, learner, reference: jest.jointly_sample_dense(
+                key, jest.score_matrix("learnability", learner, reference), b, n_chunks),
+            "streaming": lambda key, learner, reference: jest.jointly_sample(
+                key, learner, reference, b, n_chunks)}
+        compiled = {k: jax.jit(f).lower(*args).compile() for k, f in programs.items()}
+        picks = {k: np.asarray(f(*args)) for k, f in compiled.items()}
+        seconds = {k: [] for k in compiled}
+        for _ in range(rounds):
+            for k, f in compiled.items():
+                begin = time.perf_counter()
+                jax.block_until_ready(f(*args))
+                seconds[k].append(time.perf_counter() - begin)
+        median = {k: statistics.median(s) for k, s in seconds.items()}
+        mib = {k: f.memory_analysis().temp_size_in_bytes / 2**20 for k, f in compiled.items()}
+        same = (picks["dense"] == picks["streaming"]).mean()
+        print(f"{B:7} {b:6} {median['dense']:9.3f} {median['streaming']:11.3f} "
+              f"{median['dense'] / median['streaming']:6.1f} {mib['dense']:10.0f} "
+              f"{mib['streaming']:13.0f}   same picks: {100 * same:.2f} %", flush=True)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("sizes", "1024,4096,16384", "super-batch sizes")
+    flags.DEFINE_float("f", 0.8, "filtering ratio")
+    flags.DEFINE_integer("chunks", 16, "n_chunks")
+    flags.DEFINE_integer("width", 64, "embedding width")
+    flags.DEFINE_integer("rounds", 5, "timings of each")
+    app.run(lambda argv: speed([int(s) for s in flags.FLAGS.sizes], filter_ratio=flags.FLAGS.f,
+                               n_chunks=flags.FLAGS.chunks, embed=flags.FLAGS.width,
+                               rounds=flags.FLAGS.rounds))
