@@ -257,7 +257,7 @@ def jointly_sample(key, learner, reference, n_select, n_chunks=16, *, kind="lear
       kind: of SCORES. loss: 'sigmoid', or 'softmax' with its own conditional score, see `given`.
       first: the first chunk is drawn by 'self'-scores, or 'uniform'ly. temperature: of the logits.
     """
-    gather = (lambda x: jax.lax.all_gather(x, axis, tiled=True)) if axis else (lambda x: x)
+    gather = (lambda x: jax.lax.all_gather(x, axis, tiled=True)) if axis else jnp.asarray
     sides = {name: {"learner": learner, "reference": reference}[name] for name in SCORES[kind]}
     everyone = {name: {k: gather(side[k]) for k in ("image", "text")}
                 for name, side in sides.items()}
@@ -307,13 +307,11 @@ def add_chunk(sums, side, chunk, real_C, loss, tile):
     sigmoid: sum over j of l[i, j], and of l[j, i]: every such pair is a negative, with loss
     -log sigmoid(-(t z_i.z_j + b)). softmax: log of the sum over j of exp(t z_i.z_j).
     """
-    t, b = jnp.exp(side["log_t"]), side.get("b", 0.0)
-
     def over(x_NE, y_CE):
         def one(x_E):
-            logits_C = t * (y_CE @ x_E) + b
+            logits_C = jnp.exp(side["log_t"]) * (y_CE @ x_E)
             if loss == "sigmoid":
-                return jnp.sum(jax.nn.softplus(logits_C), where=real_C)
+                return jnp.sum(jax.nn.softplus(logits_C + side["b"]), where=real_C)
             return jax.nn.logsumexp(logits_C, where=real_C)
         return jax.lax.map(one, x_NE, batch_size=tile)
 
@@ -335,7 +333,7 @@ def given(own_N, sums, loss):
 
 def losses_in_batch(side, loss, axis=None, tile=4096):
     """Loss of each pair in its whole batch, [N]: row i of eq 2, or its part of eq 1 (both ways)."""
-    gather = (lambda x: jax.lax.all_gather(x, axis, tiled=True)) if axis else (lambda x: x)
+    gather = (lambda x: jax.lax.all_gather(x, axis, tiled=True)) if axis else jnp.asarray
     everyone = {k: gather(side[k]) for k in ("image", "text")}
     own_N, zero_N = own_loss(side, loss), sum_of_none(side["image"][:, 0], loss)
     sums = add_chunk((zero_N, zero_N), side, everyone, np.ones(len(everyone["image"]), bool),
@@ -354,7 +352,7 @@ def independently_sample(key, learner, reference, n_select, *, kind="learnabilit
     if score == "self":
         return jointly_sample(key, learner, reference, n_select, 1, kind=kind, loss=loss,
                               temperature=temperature, axis=axis)
-    gather = (lambda x: jax.lax.all_gather(x, axis, tiled=True)) if axis else (lambda x: x)
+    gather = (lambda x: jax.lax.all_gather(x, axis, tiled=True)) if axis else jnp.asarray
     sides = {"learner": learner, "reference": reference}
     score_B = gather(sum(sign * losses_in_batch(sides[name], loss, axis)
                          for name, sign in SCORES[kind].items()))

@@ -205,7 +205,7 @@ def test_planted_pairs_are_found_and_by_the_right_models():
     picks = {kind: np.stack([streaming(jax.random.key(i), learner, reference, 16, 4, kind=kind)
                              for i in range(5)]) for kind in KINDS}
     hit = {kind: np.isin(p, planted).mean() for kind, p in picks.items()}
-    assert hit["learnability"] > 0.9 and hit["easy_reference"] > 0.5 and hit["hard_learner"] > 0.5
+    assert hit["learnability"] > 0.8 and hit["easy_reference"] > 0.5 and hit["hard_learner"] > 0.5
     learner, reference = reference, learner
     swapped = np.stack([streaming(jax.random.key(i), learner, reference, 16, 4) for i in range(5)])
     assert np.isin(swapped, planted).mean() < 0.1
@@ -214,7 +214,7 @@ def test_planted_pairs_are_found_and_by_the_right_models():
 def test_sampling_follows_the_softmax():
     """One chunk of one: the picks of many keys, against their probabilities."""
     learner, reference = two_sides(10, 6)
-    S = np.diag(slow_jest.score_matrix("learnability", slow(learner), slow(reference)))
+    S = slow_jest.score_matrix("learnability", slow(learner), slow(reference))
     expected = slow_jest.chunk_probabilities(S, [])
     keys = jax.random.split(jax.random.key(10), 20_000)
     picks = jax.vmap(lambda k: jest.jointly_sample(k, learner, reference, 1, 1))(keys)
@@ -224,23 +224,24 @@ def test_sampling_follows_the_softmax():
 
 
 def test_more_chunks_are_worth_more():
-    """Batch learnability rises from independent to joint, and 16 chunks are near a Gibbs plateau."""
-    B, b = 160, 32
+    """The curve of the paper's Fig. 2: batch learnability rises with the number of chunks and is
+    flat from 16 on, near what single-site Gibbs sampling of the same distribution settles at."""
+    B, b = 320, 64
     learner, reference = two_sides(11, B)
     S = slow_jest.score_matrix("learnability", slow(learner), slow(reference))
     value = lambda T: S[np.ix_(T, T)].sum() / b
     mean = {n: np.mean([value(np.asarray(streaming(jax.random.key(i), learner, reference, b, n)))
-                        for i in range(10)]) for n in (1, 2, 16)}
+                        for i in range(10)]) for n in (1, 2, 4, 16, 32)}
     uniform = np.mean([value(np.random.default_rng(i).permutation(B)[:b]) for i in range(10)])
     rng, plateau = np.random.default_rng(0), []
     T = list(rng.permutation(B)[:b])
-    for i in range(1200):
+    for i in range(2000):
         T = slow_jest.gibbs_step(S, T, T[rng.integers(b)], rng.gumbel(size=B))
-        if i >= 800 and i % 20 == 0:
-            plateau.append(value(list(T)))
+        if i >= 1000 and i % 20 == 0:
+            plateau.append(value(T))
     gain = {n: (m - uniform) / (np.mean(plateau) - uniform) for n, m in mean.items()}
-    assert gain[1] < gain[2] < gain[16]
-    assert gain[16] > 0.9, gain
+    assert 0 < gain[1] < gain[2] < gain[4] < gain[16], gain
+    assert gain[16] > 0.97 * gain[32] and 0.8 < gain[16] < 1.05, gain
 
 
 # ------------------------------------------------------------------------------------ Flexi-JEST
