@@ -200,12 +200,13 @@ def test_planted_pairs_are_found_and_by_the_right_models():
     B, planted = 64, np.arange(0, 64, 4)
     rng = np.random.default_rng(9)
     learner, reference = side(rng, B, E=16), side(rng, B, E=16)
-    for s, good in ((learner, False), (reference, True)):
-        s["text"][planted] = s["image"][planted] * (1 if good else -1)
+    knows = np.isin(np.arange(B), planted)  # the reference; the learner knows all the others
+    for s, good in ((learner, ~knows), (reference, knows)):
+        s["text"] = s["image"] * np.where(good, 1, -1)[:, None].astype(np.float32)
     picks = {kind: np.stack([streaming(jax.random.key(i), learner, reference, 16, 4, kind=kind)
                              for i in range(5)]) for kind in KINDS}
     hit = {kind: np.isin(p, planted).mean() for kind, p in picks.items()}
-    assert hit["learnability"] > 0.8 and hit["easy_reference"] > 0.5 and hit["hard_learner"] > 0.5
+    assert min(hit.values()) > 0.8, hit
     learner, reference = reference, learner
     swapped = np.stack([streaming(jax.random.key(i), learner, reference, 16, 4) for i in range(5)])
     assert np.isin(swapped, planted).mean() < 0.1
