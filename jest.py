@@ -242,7 +242,7 @@ def draw(key, logits_B, taken_B, size):
 
 
 def jointly_sample(key, learner, reference, n_select, n_chunks=16, *, kind="learnability",
-                   loss="sigmoid", first="self", temperature=1.0, axis=None, tile=4096):
+                   loss="sigmoid", first="self", temperature=1.0, axis=None, tile=2048):
     """Indices [b] of the sub-batch, chunk by chunk: the picks of Algorithm 1, in memory of order B.
 
     S never exists. Each candidate keeps a running sum of its terms with what was drawn so far; a
@@ -307,13 +307,25 @@ def add_chunk(sums, side, chunk, real_C, loss, tile):
     sigmoid: sum over j of l[i, j], and of l[j, i]: every such pair is a negative, with loss
     -log sigmoid(-(t z_i.z_j + b)). softmax: log of the sum over j of exp(t z_i.z_j).
     """
+    t, C, N = jnp.exp(side["log_t"]), len(real_C), len(side["image"])
+    n_tiles, n_groups = -(-N // tile), -(-C // 64)
+
+    def block(x_NE, y_CE):
+        logits_CN = t * jnp.einsum("ce,ne->cn", y_CE, x_NE)
+        if loss == "softmax":
+            return jax.nn.logsumexp(logits_CN, axis=0, where=real_C[:, None])
+        # -log sigmoid(-x) = max(x, 0) + log(1 + exp(-|x|)), and a sum of logarithms is the
+        # logarithm of a product: 64 factors in (1, 2] cannot overflow, and need one for all
+        logits_CN = jnp.where(real_C[:, None], logits_CN + side["b"], -jnp.inf)
+        factor_CN = jnp.pad(1 + jnp.exp(-abs(logits_CN)), ((0, -C % n_groups), (0, 0)),
+                            constant_values=1)
+        product_GN = einops.rearrange(factor_CN, "(g c) n -> g c n", g=n_groups).prod(1)
+        return jnp.maximum(logits_CN, 0).sum(0) + jnp.log(product_GN).sum(0)
+
     def over(x_NE, y_CE):
-        def one(x_E):
-            logits_C = jnp.exp(side["log_t"]) * (y_CE @ x_E)
-            if loss == "sigmoid":
-                return jnp.sum(jax.nn.softplus(logits_C + side["b"]), where=real_C)
-            return jax.nn.logsumexp(logits_C, where=real_C)
-        return jax.lax.map(one, x_NE, batch_size=tile)
+        x_NE = jnp.pad(x_NE, ((0, -N % n_tiles), (0, 0)))
+        tiles = einops.rearrange(x_NE, "(k n) e -> k n e", k=n_tiles)
+        return jax.lax.map(lambda x: block(x, y_CE), tiles).reshape(-1)[:N]
 
     new = over(side["image"], chunk["text"]), over(side["text"], chunk["image"])
     return jax.tree.map(jnp.add if loss == "sigmoid" else jnp.logaddexp, sums, new)
@@ -331,7 +343,7 @@ def given(own_N, sums, loss):
     return own_N + jnp.where(jnp.isneginf(sums[0]), 0.0, 0.5 * (sums[0] + sums[1]))
 
 
-def losses_in_batch(side, loss, axis=None, tile=4096):
+def losses_in_batch(side, loss, axis=None, tile=2048):
     """Loss of each pair in its whole batch, [N]: row i of eq 2, or its part of eq 1 (both ways)."""
     gather = (lambda x: jax.lax.all_gather(x, axis, tiled=True)) if axis else jnp.asarray
     everyone = {k: gather(side[k]) for k in ("image", "text")}
