@@ -110,6 +110,8 @@ def define_flags():
     f.DEFINE_integer("reference_steps", 0, "updates of the reference; 0: as many as --steps")
     f.DEFINE_integer("batch_size", 128, "b: pairs per update")
     f.DEFINE_float("learning_rate", 1e-3, "peak, of Adam; linear warm-up, cosine to 0")
+    f.DEFINE_float("active_learning_rate", 0.0, "peak in every arm but uniform, whose best is "
+                   "lower where most captions are wrong; 0: --learning_rate")
     f.DEFINE_float("reference_learning_rate", 1e-3, "peak, of the reference")
     f.DEFINE_float("weight_decay", 1e-4, "decoupled, on the weights of linear maps")
     f.DEFINE_float("beta2", 0.95, "of Adam")
@@ -650,7 +652,7 @@ def check(config, typed=()):
     want(0 < config.curated_fraction < 1, "curated_fraction", "a fraction between 0 and 1")
     want(config.reference_noise == -1 or 0 <= config.reference_noise <= 1, "reference_noise",
          "a fraction from 0 to 1, or -1 for the pool's")
-    for flag in ("reference_steps", "active_steps", "weight_decay"):
+    for flag in ("reference_steps", "active_steps", "active_learning_rate", "weight_decay"):
         want(config[flag] >= 0, flag, "at least 0")
     for flag in ("learning_rate", "reference_learning_rate", "clip_norm"):
         want(config[flag] > 0, flag, "more than 0")
@@ -766,8 +768,10 @@ def main():
     looks = {}
     for arm in config.arms:
         method, kind = split_arm(arm)
-        steps[arm] = (method != "uniform" and config.active_steps) or config.steps
-        optimisers[arm] = rule(config.learning_rate, steps[arm])
+        active = method != "uniform"
+        steps[arm] = (active and config.active_steps) or config.steps
+        optimisers[arm] = rule((active and config.active_learning_rate) or config.learning_rate,
+                               steps[arm])
         programs[arm] = devices.Program(functools.partial(
             jest_step, method=method, kind=kind, optimiser=optimisers[arm],
             low_patch=low_patch[arm], cotrain=config.cotrain, **common),
@@ -857,7 +861,7 @@ def main():
     if jax.process_index() == 0:
         rows = [r for r in metrics_file.rows() if r["arm"] != "reference"]
         summary = report.summarise(rows, script="jest", arms=config.arms, metric="recall@10",
-                                   dataset=os.path.basename(config.dataset.rstrip("/")))
+                                   dataset=run.dataset_name(config.dataset))
         report.write_json(os.path.join(config.workdir, "summary.json"), summary)
         report.curves(rows, summary, os.path.join(config.workdir, "curves.png"))
         if shown:

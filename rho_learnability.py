@@ -634,7 +634,7 @@ def main():
     if jax.process_index() == 0:
         rows = [r for r in metrics_file.rows() if r["arm"] != "reference"]
         summary = report.summarise(rows, script="rho_learnability", arms=config.arms,
-                                   dataset=os.path.basename(config.dataset.rstrip("/")),
+                                   dataset=run.dataset_name(config.dataset),
                                    metric="recall@10" if text else "accuracy")
         report.write_json(os.path.join(config.workdir, "summary.json"), summary)
         report.curves(rows, summary, os.path.join(config.workdir, "curves.png"))

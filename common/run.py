@@ -58,6 +58,13 @@ def toy_knobs(config):
                 hopeless=config.toy_hopeless)
 
 
+def dataset_name(dataset):
+    """What a data set is called in reports: 'emoji' of 'data/emoji/1.0.0', the last folder that is
+    no version."""
+    parts = [part for part in dataset.split("/") if part.strip(".")] or [dataset]
+    return next((p for p in reversed(parts) if not p.replace(".", "").isdigit()), parts[-1])
+
+
 def main(script_main):
     """`app.run`, where bad input (ValueError), a loss that is not finite (FloatingPointError) and a
     stop that was asked for (Stopped) end with one line on stderr; DEBUG=1 shows the traceback."""

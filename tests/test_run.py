@@ -31,6 +31,14 @@ def same(a, b):
 
 # -------------------------------------------------------------------------------------- flags
 
+
+@pytest.mark.parametrize("given,name", [
+    ("toy", "toy"), ("mnist", "mnist"), ("data/emoji/1.0.0", "emoji"), ("/a/emoji/1.0.0/", "emoji"),
+    ("../sets/own", "own"), ("3.0.1", "3.0.1"), ("..", "..")])
+def test_a_version_is_not_a_name(given, name):
+    assert run.dataset_name(given) == name
+
+
 PRESETS = {"toy": {}, "paper": {"eval_every": 7, "label_noise": 0.25, "arms": ["one"]}}
 
 
