@@ -13,14 +13,19 @@ import numpy as np
 
 from common import checkpoint, data, devices, report, run
 
+TOTALS = ("step", "examples_trained", "examples_scored", "seconds")  # of a row, besides its FLOPs
+
 
 def fit(name, seed, step, state, key, batches, *, steps, batch_size, n_scored, per_step, one_off,
-        setup_seconds, metrics_of, config, metrics_file, stop):
+        setup_seconds, metrics_of, config, metrics_file, stop, before=None, at_end=None):
     """Trains from the last checkpoint to the end: a flat loop. Returns the state.
 
     Args: `step(state, index, key, batch)` is a devices.Program; `batches(start)` yields sharded
-      batches from step `start` on; per_step, one_off: FLOPs by role; `metrics_of(state)` evaluates.
+      batches from step `start` on; per_step, one_off: FLOPs by role; `metrics_of(state)` evaluates,
+      `at_end(state)` gives more metrics of the last state. before: the row at which the stage that
+      this one follows on ended, if any: the rows count on from its totals.
     """
+    before = before or {k: 0 for k in TOTALS} | {"flops": {}}
     saved = checkpoint.Checkpoints(os.path.join(config.workdir, "checkpoints", f"{name}-{seed}"))
     start, books = saved.latest() or 0, None
     if start:
@@ -29,7 +34,7 @@ def fit(name, seed, step, state, key, batches, *, steps, batch_size, n_scored, p
         saved.close()
         return state
     if jax.process_index() == 0:
-        metrics_file.rewind(name, seed, start)
+        metrics_file.rewind(name, seed, before["step"] + start)
     state = devices.to_host(state)  # no two leaves share a buffer that is donated
     books = run.Books(f"{name} seed {seed}", steps, batch_size, books)
     save_every = config.checkpoint_every or config.eval_every
@@ -41,16 +46,17 @@ def fit(name, seed, step, state, key, batches, *, steps, batch_size, n_scored, p
             state, metrics = step(state, np.int32(index), key, batch)
             books.push(index, metrics)
             done = index + 1
-            flops = {k: one_off.get(k, 0) + done * per_step.get(k, 0)
-                     for k in {**per_step, **one_off}}
+            flops = {k: before["flops"].get(k, 0) + one_off.get(k, 0) + done * per_step.get(k, 0)
+                     for k in {**before["flops"], **per_step, **one_off}}
             evaluate_now = done % config.eval_every == 0 or done == steps
             stopping = bool(stop) if jax.process_count() == 1 or evaluate_now else False
             if evaluate_now:
                 books.stop_clock()
-                row = {"arm": name, "seed": seed, "step": done,
-                       "examples_trained": done * batch_size, "examples_scored": done * n_scored,
-                       "seconds": books.seconds, "setup_seconds": setup_seconds, "flops": flops,
-                       **books.row(), **metrics_of(state)}
+                spent = {"step": done, "examples_trained": done * batch_size,
+                         "examples_scored": done * n_scored, "seconds": books.seconds}
+                row = {"arm": name, "seed": seed, **{k: before[k] + spent[k] for k in TOTALS},
+                       "setup_seconds": setup_seconds, "flops": flops, **books.row(),
+                       **metrics_of(state), **(at_end(state) if at_end and done == steps else {})}
                 if jax.process_index() == 0:
                     metrics_file.append(row)
             if done % save_every == 0 or done == steps or stopping:
@@ -88,7 +94,7 @@ def digest(params):
     return sha.hexdigest()
 
 
-def read_cache(path, made_by):
+def read_cache(path, made_by, flag="score_cache"):
     """(arrays by name, seconds) of an npz file that records what it was made by.
 
     Raises: ValueError if it is damaged, or differs from `made_by` in something.
@@ -99,24 +105,24 @@ def read_cache(path, made_by):
         theirs, seconds = json.loads(str(arrays.pop("made_by"))), float(arrays.pop("seconds"))
     except Exception as e:  # a zip file has many ways to be broken
         raise ValueError(
-            f"--score_cache: {path} is damaged ({type(e).__name__}): delete it") from None
+            f"--{flag}: {path} is damaged ({type(e).__name__}): delete it") from None
     differ = [k for k in made_by if theirs.get(k) != made_by[k]]
     if differ:
-        raise ValueError(f"--score_cache: {path} was made with other {' and '.join(differ)}: "
+        raise ValueError(f"--{flag}: {path} was made with other {' and '.join(differ)}: "
                          "delete it, or name another")
     return arrays, seconds
 
 
-def cached(path, params, pool, make):
+def cached(path, params, pool, make, flag="score_cache", **also):
     """What a frozen model says of a whole pool, in the order of its ids, cached in the file `path`.
 
     `make()` gives (arrays by name, seconds); it is called where the file is not there yet. The file
-    is tied to the weights, the pool and its ids. Returns (arrays, seconds that making them took).
+    is tied to the weights, the pool and its ids, and what else is named in `also`. Returns (arrays,
+    seconds that making them took).
     """
-    made_by = {"weights": digest(params), "view": "clean", "data": pool.identity(),
-               "ids": hashlib.sha256(pool.ids.tobytes()).hexdigest()}
+    made_by = {"weights": digest(params), "view": "clean", **origin(pool), **also}
     if devices.agree(os.path.exists(path)):
-        return read_cache(path, made_by)
+        return read_cache(path, made_by, flag)
     arrays, seconds = make()
     if jax.process_index() == 0:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -124,3 +130,8 @@ def cached(path, params, pool, make):
                  **arrays)
         os.replace(path + ".tmp.npz", path)
     return arrays, seconds
+
+
+def origin(pool):
+    """What ties a file to the examples of a pool."""
+    return {"data": pool.identity(), "ids": hashlib.sha256(pool.ids.tobytes()).hexdigest()}

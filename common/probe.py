@@ -1,0 +1,116 @@
+"""What frozen features are worth: nearest neighbours, a linear probe, accuracy by class frequency.
+
+The same probe for every arm: its one setting, the decay, is chosen on a part of the TRAINING
+features that is held out, and the probe is fitted again on all of them.
+
+Dimension letters: N training features, M test features, D width, C classes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def knn_predict(train_ND, label_N, test_MD, n_classes, *, k=20, temperature=0.07, block=256):
+    """Class [M] of each test feature: its k nearest training features by cosine vote with weight
+    exp(cosine / temperature) for their classes (Wu et al., 1805.01978)."""
+    return np.asarray(_knn(unit(train_ND), np.asarray(label_N), unit(test_MD), n_classes,
+                           min(k, len(train_ND)), temperature, min(block, len(test_MD))))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 6))
+def _knn(train_ND, label_N, test_MD, n_classes, k, temperature, block):
+    def one(x_D):
+        cosine_k, near_k = jax.lax.top_k(
+            jnp.matmul(train_ND, x_D, precision=jax.lax.Precision.HIGHEST), k)
+        vote_k = jnp.exp((cosine_k - 1) / temperature)  # - 1: no overflow, the same winner
+        return jnp.zeros(n_classes).at[label_N[near_k]].add(vote_k).argmax()
+    return jax.lax.map(one, test_MD, batch_size=block)
+
+
+def unit(x_ND):
+    x_ND = np.asarray(x_ND, np.float32)
+    return x_ND / (np.linalg.norm(x_ND, axis=-1, keepdims=True) + 1e-12)
+
+
+def linear_probe(train_ND, label_N, test_MD, n_classes, *, decays=DECAYS, held_out=0.2):
+    """(class [M] of each test feature, the decay chosen). Features are standardised by the training
+    features' mean and deviation; every k-th one is held out to choose the decay."""
+    x_ND, mean_D = np.asarray(train_ND, np.float32), np.mean(train_ND, 0)
+    scale_D = 1 / (np.std(x_ND, 0) + 1e-6)
+    x_ND, test_MD = (x_ND - mean_D) * scale_D, (np.asarray(test_MD) - mean_D) * scale_D
+    order = np.random.default_rng(0).permutation(len(x_ND))
+    fits = np.ones(len(x_ND), np.float32)  # weights, not rows, are left out: one program for all
+    fits[order[:max(1, round(held_out * len(x_ND)))]] = 0
+    best, decay = -1.0, decays[0]
+    for l2 in decays if fits.any() else decays[:1]:
+        w_DC, b_C = fit_probe(x_ND, label_N, fits, l2, n_classes)
+        right = (x_ND @ w_DC + b_C).argmax(1) == label_N
+        if right[fits == 0].mean() >= best:  # of equal ones the larger decay
+            best, decay = right[fits == 0].mean(), l2
+    w_DC, b_C = fit_probe(x_ND, label_N, np.ones_like(fits), decay, n_classes)
+    return (test_MD @ w_DC + b_C).argmax(1), decay
+
+
+def probe_loss(params, x_ND, label_N, weight_N, l2):
+    """Weighted mean cross-entropy of softmax(x w + b), plus l2 / 2 |w|^2; the bias is free."""
+    loss_N = optax.softmax_cross_entropy_with_integer_labels(
+        x_ND @ params["w"] + params["b"], label_N)
+    return jnp.sum(weight_N * loss_N) / weight_N.sum() + l2 / 2 * jnp.sum(params["w"]**2)
+
+
+def fit_probe(x_ND, label_N, weight_N, l2, n_classes):
+    """(w [D, C], b [C]) that minimise `probe_loss`, from 0."""
+    return jax.device_get(_fit(x_ND, label_N, weight_N, l2, n_classes))
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _fit(x_ND, label_N, weight_N, l2, n_classes, iterations=200):
+    """L-BFGS, until the gradient is 1e-4 or for so many iterations."""
+    loss = lambda params: probe_loss(params, x_ND, label_N, weight_N, l2)
+    rule, value_and_grad = optax.lbfgs(), optax.value_and_grad_from_state(loss)
+
+    def update(carry):
+        params, opt, i, _ = carry
+        value, grad = value_and_grad(params, state=opt)
+        updates, opt = rule.update(grad, opt, params, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(params, updates), opt, i + 1, optax.tree.norm(grad)
+
+    params = {"w": jnp.zeros((x_ND.shape[1], n_classes)), "b": jnp.zeros(n_classes)}
+    params, *_ = jax.lax.while_loop(lambda c: (c[2] < iterations) & (c[3] > 1e-4), update,
+                                    (params, rule.init(params), 0, jnp.inf))
+    return params["w"], params["b"]
+
+
+# ------------------------------------------------------------------------------------ measures
+
+
+def balanced_accuracy(predicted_M, label_M):
+    """Mean over the classes that occur of the fraction of each that is right."""
+    right = predicted_M == label_M
+    return float(np.mean([right[label_M == c].mean() for c in np.unique(label_M)]))
+
+
+def by_frequency(predicted_M, label_M, count_C):
+    """{'head', 'middle', 'tail'}: accuracy on the test examples of the third of the classes that is
+    commonest in training, of the next, and of the rarest; null where a third has none."""
+    order_C = np.argsort(-np.asarray(count_C), kind="stable")
+    right = predicted_M == label_M
+    return {name: float(right[rows].mean()) if (rows := np.isin(label_M, part)).any() else None
+            for name, part in zip(("head", "middle", "tail"), np.array_split(order_C, 3))}
+
+
+def nmi(a_N, b_N):
+    """Normalised mutual information I(a; b) / ((H(a) + H(b)) / 2); 1 where both are constant."""
+    _, a_N = np.unique(a_N, return_inverse=True)
+    _, b_N = np.unique(b_N, return_inverse=True)
+    joint = np.zeros((a_N.max() + 1, b_N.max() + 1))
+    np.add.at(joint, (a_N, b_N), 1 / len(a_N))
+    entropy = lambda p: -np.sum(p[p > 0] * np.log(p[p > 0]))
+    h_a, h_b = entropy(joint.sum(1)), entropy(joint.sum(0))
+    return float(2 * (h_a + h_b - entropy(joint)) / (h_a + h_b)) if h_a + h_b > 0 else 1.0
