@@ -1,0 +1,1030 @@
+"""DnC: Divide and Contrast (Tian, Henaff, van den Oord, 2105.08054).
+
+Self-supervised learning from uncurated, heavy-tailed images: contrasting within a cluster gives
+negatives that are hard, and a rare cluster gets a model of its own. Three stages
+  1. base: MoCLR (SimCLR's loss against a momentum encoder) on everything      `moclr_step`
+  2. divide the images by k-means of what the base says of them                `kmeans`, `divide`
+     and train an expert on each cluster, with the same loss                   `expert_batches`
+  3. distil base and experts into one student: every image regresses the base, and the expert of
+     its own cluster                                                           `distil_step`
+Only the student's encoder is evaluated, frozen. The arm `moclr` has as many image visits as all
+stages together, `moclr_flops` as many FLOPs (`plan`, `declared_flops`); `dnc_random` divides at
+random, `dnc_oracle` by label, and `self_distil` has no experts.
+
+Dimension letters: N images of a device, A of all devices, E projection, D representation, K
+clusters, H W C image.
+
+Minutes on a CPU:        python dnc.py
+On a prepared data set:  python dnc.py --preset=patchwork --dataset=path/to/patchwork/1.0.0
+ResNet-50, 224 px:       python dnc.py --preset=imagenet_R50  (generated images; give --dataset)
+
+There is no official code and the text is silent on much; each such choice is a flag, or is said
+where it is made.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import textwrap
+import time
+
+from absl import flags, logging
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from common import data, devices, probe, report, resnet, run, stage, vit
+from common.devices import AXIS
+
+ARMS = ("moclr", "moclr_flops", "dnc", "dnc_random", "self_distil", "dnc_oracle")
+DIVIDES = ("dnc", "dnc_random", "dnc_oracle")  # have experts
+
+PRESETS = {
+    # minutes on two CPU cores
+    "toy": dict(
+        toy_examples=3000, toy_tail=1.5, image_size=16, model="8/16", hidden=128, embed=64,
+        head_hidden=128, blur=["0", "0"], solarise=["0", "0"], jitter=0.5, crop_area=0.3,
+        temperature=0.2, batch_size=64, steps=480, eval_every=80, learning_rate=4.0,
+        distil_learning_rate=4.0, m0=0.97, clusters=4, warmup=0.05),
+    # 32 px, heavy-tailed: the evidence
+    "patchwork": dict(
+        dataset="patchwork", image_size=32, model="14/32", hidden=512, embed=128, head_hidden=512,
+        blur=["0", "0"], solarise=["0", "0"], jitter=0.5, crop_area=0.2, temperature=0.2,
+        batch_size=256, steps=20_000, eval_every=2000, learning_rate=1.0, distil_learning_rate=1.0,
+        m0=0.99, clusters=5, warmup=0.03, arms=list(ARMS)),
+    # the house's recipe (BYOL, 1000 epochs) on generated images: give --dataset for real ones
+    "imagenet_R50": dict(
+        image_size=224, toy_examples=4096, model="50", hidden=4096, embed=256, head_hidden=4096,
+        dtype="bfloat16", batch_size=256, steps=1000, eval_every=500, learning_rate=0.2,
+        distil_learning_rate=0.2, weight_decay=1.5e-6, m0=0.996, clusters=5),
+}
+
+
+def define_flags():
+    run.define_flags("dnc")
+    flags.adopt_module_key_flags(run)  # so that --help shows them too
+    f = flags
+    # method
+    f.DEFINE_list("arms", ["moclr", "dnc", "dnc_random"], f"of {', '.join(ARMS)}; the first is the "
+                  "baseline")
+    f.DEFINE_float("base_fraction", 1 / 3, "part of the visits that is the base's")
+    f.DEFINE_float("experts_fraction", 1 / 2, "part of the visits that all experts share, each by "
+                   "the size of its cluster")
+    f.DEFINE_float("distil_fraction", 1 / 6, "part of the visits that is the student's (together "
+                   "1000 + 1500 + 500 epochs)")
+    f.DEFINE_integer("clusters", 5, "K")
+    f.DEFINE_integer("restarts", 10, "runs of k-means, of which the best is taken")
+    f.DEFINE_integer("kmeans_iterations", 20, "of Lloyd, in each run")
+    f.DEFINE_integer("kmeans_examples", 1_000_000, "k-means is fitted on at most as many; all are "
+                     "assigned")
+    f.DEFINE_string("assignment", None, "file of the clusters that another run of the same base "
+                    "left; '{seed}' is filled in (default: made, in the work directory)")
+    f.DEFINE_enum("expert_init", "scratch", ["scratch", "base"], "first weights of the experts")
+    f.DEFINE_enum("student_init", "scratch", ["scratch", "base"], "first weights of the student")
+    f.DEFINE_integer("distil_views", 1, "views of an image in a step of distillation, 1 or 2")
+    f.DEFINE_float("temperature", 0.1, "tau of the contrastive loss")
+    f.DEFINE_bool("same_view_negatives", True, "the other images' targets of an image's own view "
+                  "are negatives too (SimCLR; MoCo v3 has none)")
+    f.DEFINE_float("m0", 0.996, "decay of the momentum encoder at the start; 1 at the end")
+    # augmentation
+    f.DEFINE_float("crop_area", 0.08, "least area of a crop")
+    f.DEFINE_float("jitter", 1.0, "strength of the colour jitter, as a factor of BYOL's")
+    f.DEFINE_list("blur", ["1.0", "0.1"], "probability of blur, in each of the two views")
+    f.DEFINE_list("solarise", ["0.0", "0.2"], "probability of solarisation, in each view")
+    # model
+    f.DEFINE_string("model", "50", "ResNet: 18, 50, or 'depth/width' with depth 18, 50 or 6n + 2; "
+                    "up to 64 px with a stem for small images")
+    f.DEFINE_integer("hidden", 4096, "hidden width of the projector")
+    f.DEFINE_integer("embed", 256, "width E of the projection")
+    f.DEFINE_integer("head_hidden", 4096, "hidden width of the student's regression heads")
+    f.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the activations")
+    # optimisation
+    f.DEFINE_integer("steps", 1000, "updates, in all stages of an arm together")
+    f.DEFINE_integer("batch_size", 256, "images per update")
+    f.DEFINE_float("learning_rate", 0.2, "of LARS, at 256 images; times batch_size / 256; linear "
+                   "warm-up, cosine to 0 in each stage")
+    f.DEFINE_float("distil_learning_rate", 0.2, "the same of the distillation")
+    f.DEFINE_float("weight_decay", 1.5e-6, "inside LARS, on kernels")
+    f.DEFINE_float("warmup", 0.01, "fraction of a stage's steps")
+
+
+# ------------------------------------------------------------------------------ augmentation
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """How views are drawn: BYOL's table 6, probabilities by view where the two differ."""
+    crop_area: float = 0.08
+    jitter: float = 1.0
+    blur: tuple = (1.0, 0.1)
+    solarise: tuple = (0.0, 0.2)
+
+
+def augment(key, place_N, image_NHWC, views):
+    """Two views of each image, float32 in [-1, 1], drawn from its place in the whole batch: the
+    same on any number of devices."""
+    def one(place, image_HWC):
+        key_place = jax.random.fold_in(key, place)
+        return tuple(view(jax.random.fold_in(key_place, v), image_HWC, views, v) for v in (0, 1))
+    return jax.vmap(one)(place_N, image_NHWC.astype(jnp.float32) / 255)
+
+
+def view(key, image_HWC, views, v):
+    """In BYOL's order: crop, flip (p .5), jitter (p .8), grey (p .2), blur, solarise."""
+    keys = jax.random.split(key, 6)
+    happens = lambda i, p: jax.random.bernoulli(keys[i], p)
+    image = crop(keys[0], image_HWC, views.crop_area)
+    image = jnp.where(happens(1, 0.5), image[:, ::-1], image)
+    image = recolour(keys[2], image, views.jitter)
+    if views.blur[v]:
+        key_draw, key_blur = jax.random.split(keys[3])
+        image = jnp.where(jax.random.bernoulli(key_draw, views.blur[v]), blur(key_blur, image),
+                          image)
+    if views.solarise[v]:
+        image = jnp.where(happens(4, views.solarise[v]) & (image >= 0.5), 1 - image, image)
+    return 2 * image - 1
+
+
+def crop(key, image_HWC, least):
+    """A box of area U(least, 1) of the image and aspect 3/4 to 4/3 (log-uniform), resized to the
+    whole, bicubic. A side longer than the image is cut to it (torchvision would draw again)."""
+    key_area, key_aspect, key_place = jax.random.split(key, 3)
+    area = jax.random.uniform(key_area, minval=least)
+    aspect = jnp.exp(jax.random.uniform(key_aspect, minval=-np.log(4 / 3), maxval=np.log(4 / 3)))
+    box = jnp.minimum(1.0, jnp.sqrt(jnp.stack([area / aspect, area * aspect])))
+    corner = jax.random.uniform(key_place, (2,)) * (1 - box)
+    return jnp.clip(jax.image.scale_and_translate(
+        image_HWC, image_HWC.shape, (0, 1), 1 / box, -corner * image_HWC.shape[0] / box, "cubic",
+        antialias=False), 0, 1)
+
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
+
+
+def recolour(key, image_HWC, strength):
+    """Jitter (p .8) in random order: brightness and contrast times 1 +- .4, saturation times
+    1 +- .2, hue turned by +-.1 of a circle; then grey (p .2).
+
+    All four are affine maps of the colours of one image (contrast knows its mean; hue turns in YIQ,
+    not in HSV), so they are composed first and applied once; colours are clipped at the end only.
+    """
+    key_factor, key_order, key_jitter, key_grey = jax.random.split(key, 4)
+    reach = strength * jnp.array([0.4, 0.4, 0.2, 0.1])
+    bright, contrast, saturate, hue = jax.random.uniform(key_factor, (4,), minval=-reach,
+                                                         maxval=reach) + jnp.array([1, 1, 1, 0])
+    grey, I = jnp.tile(LUMA, (3, 1)), jnp.eye(3)
+    cos, sin = jnp.cos(2 * jnp.pi * hue), jnp.sin(2 * jnp.pi * hue)
+    turn = I.at[1:, 1:].set(jnp.stack([jnp.stack([cos, -sin]), jnp.stack([sin, cos])]))
+    maps = jnp.stack([bright * I, contrast * I, saturate * I + (1 - saturate) * grey,
+                      np.linalg.inv(YIQ) @ turn @ YIQ])
+    mean_C = image_HWC.mean((0, 1))
+    A, shift = I, jnp.zeros(3)
+    for kind in jax.random.permutation(key_order, 4):
+        shift_to = (kind == 1) * (1 - contrast) * (LUMA @ (A @ mean_C + shift))
+        A, shift = maps[kind] @ A, maps[kind] @ shift + shift_to
+    jittered = jax.random.bernoulli(key_jitter, 0.8)
+    A, shift = jnp.where(jittered, A, I), jnp.where(jittered, shift, 0)
+    to = jnp.where(jax.random.bernoulli(key_grey, 0.2), grey, I)
+    return jnp.clip(jnp.einsum("cd,hwd->hwc", to @ A, image_HWC) + to @ shift, 0, 1)
+
+
+def blur(key, image_HWC):
+    """Gaussian of sigma U(.1, 2) pixels, cut at a twentieth of the side; rows, then columns."""
+    sigma = jax.random.uniform(key, minval=0.1, maxval=2.0)
+    d = np.abs(np.subtract.outer(*[np.arange(image_HWC.shape[0])] * 2))
+    weight = jnp.exp(-0.5 * jnp.square(d / sigma)) * (d <= max(1, image_HWC.shape[0] // 20))
+    weight /= weight.sum(1, keepdims=True)
+    return jnp.einsum("ih,jw,hwc->ijc", weight, weight, image_HWC)
+
+
+# ------------------------------------------------------------------------------------- models
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """An encoder, the projector behind it (hidden -> embed), the student's heads (head_hidden)."""
+    encoder: resnet.ResNet
+    hidden: int
+    embed: int
+    head_hidden: int
+
+
+def init(key, model):
+    """(params, stats) of encoder and projector: Linear, batch norm, ReLU, Linear."""
+    key_encoder, key_up, key_down = jax.random.split(key, 3)
+    encoder, encoder_stats = resnet.resnet_init(key_encoder, model.encoder)
+    norm, norm_stats = resnet.norm_init(model.hidden)
+    projector = {"up": vit.dense_init(key_up, model.encoder.features, model.hidden), "norm": norm,
+                 "down": vit.dense_init(key_down, model.hidden, model.embed)}
+    return ({"encoder": encoder, "projector": projector},
+            {"encoder": encoder_stats, "projector": norm_stats})
+
+
+def project(params, stats, image_NHWC, model):
+    """(z [N, E], stats): encoder and projector in training mode; nothing normalises z's batch."""
+    h_ND, encoder = resnet.resnet_apply(params["encoder"], stats["encoder"], image_NHWC,
+                                        model.encoder, train=True)
+    p = params["projector"]
+    y, projector = resnet.batch_norm(p["norm"], stats["projector"], vit.dense(p["up"], h_ND), True)
+    return vit.dense(p["down"], jax.nn.relu(y)), {"encoder": encoder, "projector": projector}
+
+
+def represent(net, image_NHWC, model):
+    """h [N, D], L2-normalised: a frozen encoder {'params', 'stats'} in evaluation mode."""
+    return unit(resnet.resnet_apply(net["params"], net["stats"], image_NHWC, model.encoder,
+                                    train=False)[0])
+
+
+def unit(z):
+    return z * jax.lax.rsqrt(jnp.sum(jnp.square(z), -1, keepdims=True) + 1e-12)
+
+
+def plain(image_NHWC):
+    """The view that is clustered and evaluated: the whole image (a data set's own centre square)."""
+    return image_NHWC.astype(jnp.float32) / 127.5 - 1
+
+
+def encoder_of(state):
+    """What is kept of a stage: {'params', 'stats'} of the online encoder."""
+    return {"params": state["learner"]["params"]["encoder"], "stats": state["stats"]["encoder"]}
+
+
+def forward_flops(model):
+    """FLOPs (a multiply-add is two) of one forward of one image: encoder, and with projector."""
+    D, encoder = model.encoder.features, resnet.resnet_flops(model.encoder)
+    return encoder, encoder + 2 * model.hidden * (D + model.embed)
+
+
+# ---------------------------------------------------------- 1. base: MoCLR (section 3.1, [R])
+
+
+def info_nce(q_NE, k_AE, temperature, same_AE=None, first=0):
+    """(loss, hardness): the mean over rows i of -log softmax of q_i.k / tau at i's own k, with all
+    other rows of k as negatives, and those of `same_AE` (its own view's targets) if given.
+    hardness: the mean of log sum exp over the negatives alone. Rows are L2-normalised; row i of q
+    owns row first + i of k."""
+    own_NA = jax.nn.one_hot(first + jnp.arange(len(q_NE)), len(k_AE), dtype=bool)
+    logits = jnp.einsum("ne,ae->na", q_NE, k_AE) / temperature
+    positive_N = jnp.sum(logits, axis=1, where=own_NA)
+    negatives = jnp.where(own_NA, -jnp.inf, logits)
+    if same_AE is not None:
+        same_NA = jnp.einsum("ne,ae->na", q_NE, same_AE) / temperature
+        negatives = jnp.concatenate([negatives, jnp.where(own_NA, -jnp.inf, same_NA)], axis=1)
+    hardness_N = jax.nn.logsumexp(negatives, axis=1)
+    return jnp.logaddexp(positive_N, hardness_N).mean() - positive_N.mean(), hardness_N.mean()
+
+
+def moclr_loss(q1_NE, q2_NE, k1_NE, k2_NE, temperature, same_view_negatives=True):
+    """(loss, hardness), this device's part: InfoNCE of each view's online projection q against the
+    other view's targets k of all devices, both ways, halved. No gradient reaches k. Averaged over
+    the devices its gradient is that of the whole batch's loss."""
+    first = jax.lax.axis_index(AXIS) * len(q1_NE)  # where this device's rows stand
+    q1_NE, q2_NE = unit(q1_NE), unit(q2_NE)
+    k1_AE, k2_AE = (devices.gather(jax.lax.stop_gradient(unit(k))) for k in (k1_NE, k2_NE))
+    same = (k1_AE, k2_AE) if same_view_negatives else (None, None)
+    ways = (info_nce(q1_NE, k2_AE, temperature, same[0], first),
+            info_nce(q2_NE, k1_AE, temperature, same[1], first))
+    return jax.tree.map(lambda a, b: 0.5 * (a + b), *ways)
+
+
+def ema_decay(step, total, m0):
+    """BYOL: 1 - (1 - m0) (1 + cos(pi k / K)) / 2, from m0 to 1."""
+    return 1 - (1 - m0) * (1 + jnp.cos(jnp.pi * step / total)) / 2
+
+
+def ema(target, online, decay):
+    return jax.tree.map(lambda t, o: decay * t + (1 - decay) * o, target, online)
+
+
+def warmup_cosine(step, total, warmup, peak):
+    """0 to peak in a line over `warmup` steps, then half a cosine to 0 at `total`."""
+    progress = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1), 0, 1)
+    return peak * jnp.where(step < warmup, step / jnp.maximum(warmup, 1),
+                            (1 + jnp.cos(jnp.pi * progress)) / 2)
+
+
+def lars(weight_decay, *, trust=1e-3, momentum=0.9):
+    """LARS (You et al., 1708.03888; BYOL's constants): g = grad + wd w, u = rate trust |w| / |g| g,
+    m = momentum m + u, w = w - m; biases and norms have neither decay nor ratio. The rate is
+    `update`'s argument, so that stages of different length are one program."""
+    kernels = lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key == "w", params)
+    scale = optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(),
+        lambda updates, state, params=None, *, rate, **_: (
+            jax.tree.map(lambda u: -rate * u, updates), state))
+    return optax.chain(optax.masked(optax.add_decayed_weights(weight_decay), kernels),
+                       optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), kernels),
+                       scale, optax.trace(momentum))
+
+
+def apply_lars(learner, grads, optimiser, rate):
+    updates, opt = optimiser.update(grads, learner["opt"], learner["params"], rate=rate)
+    return {"params": optax.apply_updates(learner["params"], updates), "opt": opt}
+
+
+def moclr_step(state, index, key, batch_N, *, model, optimiser, views, temperature,
+               same_view_negatives, peak, warmup, m0, n_classes):
+    """(state, metrics) after step `index` (from 0), inside `pmap`: of the base, or of an expert.
+
+    Args:
+      state: {'learner': {'params', 'opt'}, 'stats': running statistics of its batch norms, 'target':
+        the momentum encoder's parameters, 'total': steps of this stage}. The target's batch norms
+        see its own batch's statistics, so that it has none to keep.
+      batch_N: 'image' uint8 [N, H, W, C]; 'label' [N], which is reported on only.
+      peak: learning rate after the warm-up, a fraction of the stage. m0: see `ema_decay`.
+    """
+    view1, view2 = augment(jax.random.fold_in(key, index), devices.places(batch_N),
+                           batch_N["image"], views)
+    k1_NE, k2_NE = (project(state["target"], state["stats"], v, model)[0] for v in (view1, view2))
+
+    def loss_of(params):
+        q1_NE, stats = project(params, state["stats"], view1, model)
+        q2_NE, stats = project(params, stats, view2, model)
+        loss, hardness = moclr_loss(q1_NE, q2_NE, k1_NE, k2_NE, temperature, same_view_negatives)
+        return loss, (hardness, stats)
+
+    (loss, (hardness, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(
+        state["learner"]["params"])
+    loss, hardness, grads = devices.mean((loss, hardness, grads))
+    total = state["total"]
+    rate = warmup_cosine(index, total, jnp.round(warmup * total), peak)
+    learner = apply_lars(state["learner"], grads, optimiser, rate)
+    target = ema(state["target"], learner["params"], ema_decay(index, total, m0))
+    classes = effective_classes(devices.gather(batch_N["label"]), n_classes)
+    return ({"learner": learner, "stats": stats, "target": target, "total": total},
+            {"loss": loss, "hardness": hardness, "effective_classes": classes})
+
+
+def effective_classes(label_A, n_classes):
+    """exp of the entropy of a batch's labels: how many classes, equally common, it would take."""
+    p_C = jnp.bincount(label_A, length=n_classes) / len(label_A)
+    return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(p_C, p_C)))
+
+
+# ------------------------------------------------------ 2. divide: k-means, a section by itself
+
+
+def kmeans(key, x_ND, k, *, restarts=10, iterations=20, valid_N=None, axis=None, tile=4096):
+    """(centres [K, D], inertia): the best of several runs of k-means++ and Lloyd.
+
+    Never N x K x D: distances come a `tile` of rows at a time. Inside `pmap` with `axis` named, x
+    is a device's share, and all devices get the same answer as one device would from the whole.
+
+    Args: valid_N: 0 for rows that only fill up (at the end of the whole), else 1.
+    """
+    valid_N = jnp.ones(len(x_ND)) if valid_N is None else valid_N.astype(jnp.float32)
+    total = (lambda v: jax.lax.psum(v, axis)) if axis else (lambda v: v)
+    # about the mean, where |x|^2 - 2 x.c + |c|^2 loses fewest digits
+    mean_D = total(valid_N @ x_ND) / total(valid_N.sum())
+    x_ND = (x_ND - mean_D) * valid_N[:, None]
+
+    def once(key):
+        centres_KD = kmeans_plus_plus(jax.random.uniform(key, (k,)), x_ND, valid_N, axis)
+        centres_KD = lloyd(x_ND, centres_KD, iterations, valid_N, axis, tile)
+        return centres_KD, total(valid_N @ nearest(x_ND, centres_KD, valid_N, tile)[1])
+
+    centres_RKD, inertia_R = jax.lax.map(once, jax.random.split(key, restarts))
+    best = jnp.argmin(inertia_R)
+    return centres_RKD[best] + mean_D, inertia_R[best]
+
+
+def kmeans_plus_plus(draw_K, x_ND, valid_N, axis=None):
+    """First centres [K, D] (Arthur and Vassilvitskii, 2007), from uniform draws: each is a point,
+    chosen with probability in proportion to its squared distance to the nearest one so far: the
+    first point at which the running sum of those exceeds the draw's part of the whole."""
+    total = (lambda v: jax.lax.psum(v, axis)) if axis else (lambda v: v)
+    gather = (lambda v: jax.lax.all_gather(v, axis, tiled=True)) if axis else (lambda v: v)
+    first = jax.lax.axis_index(axis) * len(x_ND) if axis else 0
+    last = total(valid_N.sum()).astype(int) - 1
+
+    def point(mass_N, draw):
+        running_A = jnp.cumsum(gather(mass_N))
+        row = jnp.minimum(jnp.searchsorted(running_A, draw * running_A[-1], side="right"), last)
+        mine = (row >= first) & (row < first + len(x_ND))
+        return total(jnp.where(mine, x_ND[jnp.clip(row - first, 0, len(x_ND) - 1)], 0))
+
+    def add(near_N, draw):
+        centre_D = point(near_N, draw)
+        return jnp.minimum(near_N, valid_N * jnp.square(x_ND - centre_D).sum(1)), centre_D
+
+    centre_D = point(valid_N, draw_K[0])
+    near_N = valid_N * jnp.square(x_ND - centre_D).sum(1)
+    return jnp.concatenate([centre_D[None], jax.lax.scan(add, near_N, draw_K[1:])[1]])
+
+
+def lloyd(x_ND, centres_KD, iterations, valid_N, axis=None, tile=4096):
+    """Centres [K, D] after so many times: assign each point to its nearest centre, move each centre
+    to the mean of its points. Centres without points take the points that are farthest from theirs,
+    one each, in order."""
+    total = (lambda v: jax.lax.psum(v, axis)) if axis else (lambda v: v)
+    gather = (lambda v: jax.lax.all_gather(v, axis, tiled=True)) if axis else (lambda v: v)
+    K = len(centres_KD)
+
+    def reseed(distance_N, moved_KD, empty_K):
+        far_F, row_F = jax.lax.top_k(jnp.where(valid_N > 0, distance_N, -1), min(K, len(x_ND)))
+        order_K = jax.lax.top_k(gather(far_F), K)[1]  # of all devices' farthest
+        far_KD = gather(x_ND[row_F])[order_K]
+        return jnp.where(empty_K[:, None], far_KD[jnp.cumsum(empty_K) - 1], moved_KD)
+
+    def iteration(_, centres_KD):
+        _, distance_N, sum_KD, count_K = nearest(x_ND, centres_KD, valid_N, tile)
+        sum_KD, count_K = total(sum_KD), total(count_K)
+        moved_KD = sum_KD / jnp.maximum(count_K, 1)[:, None]
+        return jax.lax.cond(jnp.any(count_K == 0), reseed, lambda d, moved, e: moved,
+                            distance_N, moved_KD, count_K == 0)
+
+    return jax.lax.fori_loop(0, iterations, iteration, centres_KD)
+
+
+def nearest(x_ND, centres_KD, valid_N, tile=4096):
+    """(index of each point's nearest centre [N], of equal ones the first; squared distance to it
+    [N]; sum [K, D] and number [K] of each centre's points), a tile of points at a time."""
+    N, tile = len(x_ND), min(tile, len(x_ND))
+    cut = lambda v: einops.rearrange(jnp.pad(v, ((0, -N % tile), *[(0, 0)] * (v.ndim - 1))),
+                                     "(t r) ... -> t r ...", r=tile)
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    norm_K = jnp.square(centres_KD).sum(1)
+
+    def one(sums, tile_and_valid):
+        x_TD, valid_T = tile_and_valid
+        index_T = jnp.argmin(norm_K - 2 * product("td,kd->tk", x_TD, centres_KD), axis=1)
+        distance_T = jnp.square(x_TD - centres_KD[index_T]).sum(1)
+        own_TK = jax.nn.one_hot(index_T, len(centres_KD)) * valid_T[:, None]
+        sums = sums[0] + product("tk,td->kd", own_TK, x_TD), sums[1] + own_TK.sum(0)
+        return sums, (index_T, distance_T)
+
+    zero = jnp.zeros_like(centres_KD), jnp.zeros(len(centres_KD))
+    (sum_KD, count_K), (index, distance) = jax.lax.scan(one, zero, (cut(x_ND), cut(valid_N)))
+    return index.reshape(-1)[:N], distance.reshape(-1)[:N], sum_KD, count_K
+
+
+def kmeans_flops(n_fit, n_all, K, D, restarts, iterations):
+    """FLOPs of `kmeans` on n_fit points and of assigning n_all: 3 ND a new centre of k-means++; an
+    iteration 2 NKD for products, 2 NKD for sums and 3 ND for distances; no sums at the end."""
+    assign = lambda n: n * D * (2 * K + 3)
+    return restarts * (3 * n_fit * K * D + iterations * (assign(n_fit) + 2 * n_fit * K * D)
+                       + assign(n_fit)) + assign(n_all)
+
+
+# --------------------------------------------------------------- 2. divide: partition, experts
+
+
+def divide(key, h_ND, k, *, examples, restarts, iterations, seed):
+    """(cluster [N] of each representation, seconds): fitted on at most so many, all assigned."""
+    fit = np.sort(np.random.default_rng((seed, 4)).permutation(len(h_ND))[:examples])
+
+    def padded(x_ND):
+        """This host's rows, filled up to a multiple of the devices, and which are real."""
+        rows = -(-len(x_ND) // jax.device_count()) * jax.local_device_count()
+        mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+        real = np.arange(rows) + mine.start < len(x_ND)
+        return devices.shard({"x": np.pad(x_ND[mine], ((0, rows - len(x_ND[mine])), (0, 0))),
+                              "valid": real})
+
+    fitted = devices.Program(lambda key, b: kmeans(
+        key, b["x"], k, restarts=restarts, iterations=iterations, valid_N=b["valid"],
+        axis=AXIS)[0], (None, 0))
+    assigned = devices.Program(lambda centres_KD, b: devices.gather(
+        nearest(b["x"], centres_KD, b["valid"])[0]), (None, 0))
+    some, every = padded(h_ND[fit]), padded(h_ND)
+    fitted.compile(key, some)
+    assigned.compile(np.zeros((k, h_ND.shape[1]), np.float32), every)
+    begin = time.perf_counter()
+    cluster_N = np.asarray(assigned(jax.device_get(fitted(key, some)), every))[:len(h_ND)]
+    return cluster_N.astype(np.int32), time.perf_counter() - begin
+
+
+def partition(arm, cluster_N, label_N, k, seed):
+    """The arm's clusters [N]: k-means'; as many of each size at random; or whole classes, the
+    largest first, each to the group that is smallest so far."""
+    if arm == "dnc_random":
+        return np.random.default_rng((seed, 5)).permutation(cluster_N)
+    if arm == "dnc_oracle":
+        count_C, held, group_C = np.bincount(label_N), np.zeros(k, int), {}
+        for c in np.argsort(-count_C, kind="stable"):
+            group_C[c] = held.argmin()
+            held[group_C[c]] += count_C[c]
+        return np.array([group_C[c] for c in label_N], np.int32)
+    return cluster_N
+
+
+def expert_steps(sizes, total_steps):
+    """Steps of each expert, in proportion to its cluster's size: as many epochs for each. They add
+    up exactly: rounded down, and one more for the largest remainders."""
+    whole = sum(int(s) for s in sizes)
+    steps = [total_steps * int(s) // whole for s in sizes]
+    rest = [total_steps * int(s) % whole for s in sizes]
+    for j in sorted(range(len(steps)), key=lambda j: -rest[j])[:total_steps - sum(steps)]:
+        steps[j] += 1
+    return steps
+
+
+def expert_batches(pool, cluster_N, j, **how):
+    """`data.batches` of cluster j alone, so that every negative is of the same cluster. A cluster
+    smaller than a batch goes round within it: then copies of an image are its negatives too."""
+    return data.batches(pool.subset(pool.ids[cluster_N == j]), **how)
+
+
+# ----------------------------------------------------------------------------------- 3. distil
+
+
+def student_init(key, model, n_experts):
+    """(params, stats): an encoder, and K + 1 regression heads, Linear, ReLU, Linear to D."""
+    key_encoder, key_heads = jax.random.split(key)
+    params, stats = resnet.resnet_init(key_encoder, model.encoder)
+    D, heads = model.encoder.features, {}
+    for i in range(n_experts + 1):
+        key_up, key_down = jax.random.split(jax.random.fold_in(key_heads, i))
+        heads[f"expert{i - 1}" if i else "base"] = {
+            "up": vit.dense_init(key_up, D, model.head_hidden),
+            "down": vit.dense_init(key_down, model.head_hidden, D)}
+    return {"encoder": params, "heads": heads}, {"encoder": stats}
+
+
+def head(p, h_ND):
+    return vit.dense(p["down"], jax.nn.relu(vit.dense(p["up"], h_ND)))
+
+
+def distil_loss(base_ND, own_NKD, to_base_ND, to_own_ND, cluster_N):
+    """Mean over images of (2 - 2 cos(base head, base) + 2 - 2 cos(own head, own expert)) / 2. Of
+    the K expert heads only that of an image's cluster is read; without experts (None), the base's
+    term alone."""
+    regress = lambda y, t: 2 - 2 * jnp.einsum("nd,nd->n", unit(y), unit(t))
+    loss_N = regress(base_ND, to_base_ND)
+    if own_NKD is not None:
+        own_ND = jnp.take_along_axis(own_NKD, cluster_N[:, None, None], axis=1)[:, 0]
+        loss_N = 0.5 * (loss_N + regress(own_ND, to_own_ND))
+    return loss_N.mean()
+
+
+def own_expert(experts, image_NHWC, cluster_N, model):
+    """h [N, D]: each image through its own cluster's expert, of {'params', 'stats'} stacked [K, ..].
+
+    Rows are sorted by cluster and cut into blocks of one cluster each, as many as any mix of
+    clusters can need; a block looks up its expert. All K experts on all images would be K N
+    forwards: this is `slots(N, K)`, a quarter more than N at most.
+    """
+    N, K = len(image_NHWC), len(jax.tree.leaves(experts)[0])
+    size, n_blocks = block_shape(N, K)
+    count_K = jnp.bincount(cluster_N, length=K)
+    blocks_K = -(-count_K // size)
+    order_N = jnp.argsort(cluster_N)
+    sorted_N = cluster_N[order_N]
+    rank_N = jnp.arange(N) - (jnp.cumsum(count_K) - count_K)[sorted_N]
+    slot_N = (jnp.cumsum(blocks_K) - blocks_K)[sorted_N] * size + rank_N
+    row_S = jnp.zeros(n_blocks * size, int).at[slot_N].set(order_N)  # what is left reads row 0
+    expert_B = jnp.searchsorted(jnp.cumsum(blocks_K), jnp.arange(n_blocks), side="right")
+    expert_B = jnp.minimum(expert_B, K - 1)
+
+    def block(expert_and_rows):
+        expert, rows = expert_and_rows
+        return represent(jax.tree.map(lambda x: x[expert], experts), image_NHWC[rows], model)
+
+    h_SD = jax.lax.map(block, (expert_B, row_S.reshape(n_blocks, size))).reshape(len(row_S), -1)
+    return h_SD[jnp.zeros(N, int).at[order_N].set(slot_N)]
+
+
+def block_shape(n, k):
+    """(rows of a block, number of blocks that k clusters of n rows can need at most)."""
+    size = max(1, n // (4 * k))
+    return size, (n + k * (size - 1)) // size
+
+
+def slots(n, k):
+    """Forwards that `own_expert` runs for n images."""
+    size, n_blocks = block_shape(n, k)
+    return size * n_blocks
+
+
+def distil_step(state, index, key, batch_N, *, model, optimiser, views, n_views, peak, warmup):
+    """(state, metrics) after step `index` (from 0), inside `pmap`.
+
+    Teachers see the very view that the student sees: a target for a crop that the student was not
+    shown would ask it to guess ("consistent teaching", Beyer et al., 2106.05237). They are frozen,
+    and in evaluation mode.
+
+    Args:
+      state: {'learner': {'params', 'opt'}, 'stats', 'total': as of `moclr_step`, 'base': {'params',
+        'stats'}, 'experts': the same, stacked [K, ...], or absent}.
+      batch_N: 'image' uint8 [N, H, W, C], 'cluster' [N] where there are experts.
+    """
+    shown = augment(jax.random.fold_in(key, index), devices.places(batch_N), batch_N["image"],
+                    views)[:n_views]
+    cluster_N, experts = batch_N.get("cluster"), state.get("experts")
+    targets = jax.lax.stop_gradient([
+        (represent(state["base"], view, model),
+         own_expert(experts, view, cluster_N, model) if experts else None) for view in shown])
+
+    def loss_of(params):
+        loss, stats = 0.0, state["stats"]
+        for view, (to_base_ND, to_own_ND) in zip(shown, targets):
+            h_ND, encoder = resnet.resnet_apply(params["encoder"], stats["encoder"], view,
+                                                model.encoder, train=True)
+            heads = {name: head(p, h_ND) for name, p in params["heads"].items()}
+            own_NKD = jnp.stack([heads[f"expert{j}"] for j in range(len(heads) - 1)],
+                                axis=1) if experts else None
+            loss += distil_loss(heads["base"], own_NKD, to_base_ND, to_own_ND, cluster_N)
+            stats = {"encoder": encoder}
+        return loss / n_views, stats
+
+    (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state["learner"]["params"])
+    loss, grads = devices.mean((loss, grads))
+    total = state["total"]
+    rate = warmup_cosine(index, total, jnp.round(warmup * total), peak)
+    learner = apply_lars(state["learner"], grads, optimiser, rate)
+    return {**state, "learner": learner, "stats": stats}, {"loss": loss}
+
+
+# ------------------------------------------------------------------------------------ the bill
+
+
+def plan(arm, steps, fractions, flops_steps=0):
+    """Steps of the stages {'base', 'experts', 'distil'} of an arm; all arms but `moclr_flops` have
+    as many in all. Without experts, the student has their steps."""
+    if arm in ("moclr", "moclr_flops"):
+        return {"base": flops_steps if arm == "moclr_flops" else steps, "experts": 0, "distil": 0}
+    base, experts = (round(f * steps) for f in fractions[:2])
+    distil = steps - base - experts
+    return {"base": base, "experts": experts if arm in DIVIDES else 0,
+            "distil": distil if arm in DIVIDES else distil + experts}
+
+
+def step_flops(role, b, model, *, K=0, n_views=1):
+    """FLOPs of one step of b images: MoCLR is two views, each 3 forwards online (a training step)
+    and 1 of the target; distillation 3 of the student and its K + 1 heads and 1 of the base, and
+    what `own_expert` runs on one device (on more, its blocks are smaller and as well filled)."""
+    F, F_projected = forward_flops(model)
+    if role in ("base", "experts"):
+        return 2 * 4 * b * F_projected
+    F_heads = (K + 1) * 4 * model.encoder.features * model.head_hidden
+    return n_views * (3 * b * (F + F_heads) + b * F + (slots(b, K) * F if K else 0))
+
+
+def declared_flops(arm, steps, b, model, *, K, n_all, n_fit, restarts, iterations, n_views):
+    """FLOPs by role of a whole arm with these `steps` by stage. The random control pays for the
+    clusters, whose sizes it has; the oracle is given them."""
+    n_experts = K if arm in DIVIDES else 0
+    stages = {"base": step_flops("base", b, model), "experts": step_flops("experts", b, model),
+              "distil": step_flops("distil", b, model, K=n_experts, n_views=n_views)}
+    clusters = n_all * forward_flops(model)[0] + kmeans_flops(
+        n_fit, n_all, K, model.encoder.features, restarts, iterations)
+    return {"base": steps["base"] * stages["base"],
+            "clustering": clusters if arm in ("dnc", "dnc_random") else 0,
+            "experts": steps["experts"] * stages["experts"],
+            "distillation": steps["distil"] * stages["distil"]}
+
+
+# --------------------------------------------------------------------------------- evaluation
+
+
+def make_forward(model):
+    """Program (frozen encoder, sharded batch) -> raw features 'h' and what came along, gathered."""
+    def forward(net, batch):
+        h_ND, _ = resnet.resnet_apply(net["params"], net["stats"], plain(batch["image"]),
+                                      model.encoder, train=False)
+        return {**{k: devices.gather(v) for k, v in batch.items() if k != "image"},
+                "h": devices.gather(h_ND)}
+    return devices.Program(forward, in_axes=(None, 0))
+
+
+def features(net, forward, pool, batch_size):
+    """({'h': features, 'label'} of a whole pool in the order of its ids, seconds)."""
+    parts = list(stage.forward_all(net, forward, pool, batch_size))
+    return ({k: np.concatenate([got[k] for got, _ in parts]) for k in ("h", "label")},
+            sum(seconds for _, seconds in parts))
+
+
+def quick_metrics(train, test, n_classes):
+    """Nearest neighbours: cheap enough to look at while training."""
+    predicted = probe.knn_predict(train["h"], train["label"], test["h"], n_classes)
+    return {"knn": float((predicted == test["label"]).mean()),
+            "knn_balanced": probe.balanced_accuracy(predicted, test["label"])}
+
+
+def final_metrics(train, test, n_classes):
+    """The linear probe: the paper's own measure, and so the headline."""
+    predicted, decay = probe.linear_probe(train["h"], train["label"], test["h"], n_classes)
+    count_C = np.bincount(train["label"], minlength=n_classes)
+    return {"linear_probe": float((predicted == test["label"]).mean()),
+            "balanced_accuracy": probe.balanced_accuracy(predicted, test["label"]),
+            **probe.by_frequency(predicted, test["label"], count_C), "probe_decay": decay}
+
+
+def batches_seen(rows):
+    """A line for each stage that contrasts: balance of its batches and hardness of its negatives,
+    means over its rows and experts."""
+    stages = {}
+    for r in rows:
+        if "hardness" in r:
+            stages.setdefault(r["arm"].rstrip("0123456789"), []).append(r)
+    return "\n".join(f"{name}: {np.mean([r['effective_classes'] for r in rs]):.1f} effective "
+                     f"classes in a batch, log sum exp of the negatives "
+                     f"{np.mean([r['hardness'] for r in rs]):.2f}" for name, rs in stages.items())
+
+
+def draw_clusters(pool, cluster_N, nmi, path, columns=14, most=12):
+    """clusters.png: a row of random members for each cluster, the largest first."""
+    from matplotlib import figure
+    size_K = np.bincount(cluster_N)
+    order = np.argsort(-size_K, kind="stable")[:most]
+    fig = figure.Figure(figsize=(columns, 1.1 * len(order) + 0.8), layout="constrained")
+    axes = fig.subplots(len(order), columns, squeeze=False)
+    rng = np.random.default_rng(0)
+    for row, j in zip(axes, order):
+        some = rng.permutation(pool.ids[cluster_N == j])[:columns]
+        images = pool.read(some)["image"] if len(some) else []
+        for ax in row:
+            ax.set(xticks=[], yticks=[], frame_on=False)
+        for ax, image in zip(row, images):
+            ax.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        row[0].set_ylabel(f"{size_K[j]:,}", fontsize=11)
+    fig.suptitle(f"{len(size_K)} clusters of {len(cluster_N):,} images, with their sizes; NMI with "
+                 f"the labels {nmi:.3f}", fontsize=13)
+    fig.savefig(path, dpi=100)
+
+
+# --------------------------------------------------------------------------------------- main
+
+
+def check(config, typed=()):
+    """Raises ValueError, naming the flag, for what cannot work whatever the data."""
+    def want(ok, flag, what):
+        if not ok:
+            raise ValueError(f"--{flag}={config[flag]}: want {what}")
+
+    for arm in config.arms:
+        if arm not in ARMS:
+            raise ValueError(f"--arms: {arm!r} is none of {', '.join(ARMS)}")
+    want(config.arms and len(set(config.arms)) == len(config.arms), "arms", "each arm once")
+    for flag in ("steps", "clusters", "restarts", "kmeans_iterations", "hidden", "embed",
+                 "head_hidden"):
+        want(config[flag] >= 1, flag, "at least 1")
+    want(config.batch_size >= 2, "batch_size", "at least 2: a negative for each image")
+    want(config.kmeans_examples >= config.clusters, "kmeans_examples",
+         f"at least one for each of {config.clusters} clusters")
+    want(config.distil_views in (1, 2), "distil_views", "1 or 2")
+    want(config.temperature > 0, "temperature", "more than 0")
+    for flag in ("learning_rate", "distil_learning_rate", "crop_area"):
+        want(config[flag] > 0, flag, "more than 0")
+    for flag in ("m0", "crop_area"):
+        want(0 <= config[flag] <= 1, flag, "a fraction from 0 to 1")
+    want(0 <= config.warmup < 1, "warmup", "a fraction below 1")
+    want(0 <= config.jitter <= 2.5, "jitter", "0 to 2.5 (then a factor reaches 0)")
+    want(config.weight_decay >= 0, "weight_decay", "at least 0")
+    for flag in ("blur", "solarise"):
+        try:
+            config[flag] = [float(p) for p in config[flag]]
+        except ValueError:
+            config[flag] = []
+        want(len(config[flag]) == 2 and all(0 <= p <= 1 for p in config[flag]), flag,
+             "two probabilities, of the first view and the second")
+    parts = [config[f"{name}_fraction"] for name in ("base", "experts", "distil")]
+    if min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
+        raise ValueError(f"--base_fraction, --experts_fraction, --distil_fraction: {parts}: want "
+                         "three fractions above 0 that add up to 1")
+    if min(plan("dnc", config.steps, parts).values()) < 1:
+        raise ValueError(f"--steps={config.steps}: want at least one for each stage")
+    for flag in ("label_noise", "caption_noise"):
+        if flag in typed:
+            raise ValueError(f"--{flag} is not read here: nothing is trained on labels or captions")
+    devices.divides(batch_size=config.batch_size)
+    try:
+        resnet.size(config.model)
+    except ValueError as e:
+        raise ValueError(f"--model: {e}") from None
+
+
+def read_assignment(path, made_by, flag="assignment"):
+    """(arrays, seconds) of a file of clusters, whose own hash must be right."""
+    arrays, seconds = stage.read_cache(path, made_by, flag)
+    cluster_N = arrays.get("cluster", np.zeros(0))
+    if hashlib.sha256(cluster_N.tobytes()).hexdigest() != str(arrays.get("sha256")):
+        raise ValueError(f"--{flag}: {path} is damaged (its hash differs): delete it")
+    return arrays, seconds
+
+
+def new_state(key, model, optimiser, total, given=None):
+    """State of `moclr_step`, from scratch or from the parameters and statistics of `given`."""
+    params, stats = (given["learner"]["params"], given["stats"]) if given else init(key, model)
+    return {"learner": {"params": params, "opt": optimiser.init(params)}, "stats": stats,
+            "target": params, "total": np.int32(total)}
+
+
+def new_student(key, model, optimiser, total, base, experts=(), from_base=False):
+    """State of `distil_step`, its frozen teachers among it."""
+    params, stats = student_init(key, model, len(experts))
+    if from_base:
+        params["encoder"], stats["encoder"] = base["params"], base["stats"]
+    teachers = {"base": base}
+    if experts:
+        teachers["experts"] = jax.tree.map(lambda *x: np.stack(x), *experts)
+    return {"learner": {"params": params, "opt": optimiser.init(params)}, "stats": stats,
+            "total": np.int32(total), **teachers}
+
+
+def main():
+    config, typed = run.resolve(PRESETS)
+    devices.start(config.coordinator, config.num_processes, config.process_id)
+    check(config, typed)
+    source, test_source = (data.open_source(
+        config.dataset, split, data_dir=config.data_dir, image_size=config.image_size,
+        need=("label",), toy_knobs=run.toy_knobs(config))
+        for split in (config.split, config.eval_split))
+    side, _, channels = source.image_shape
+    b, K, n_classes = config.batch_size, config.clusters, len(source.class_names)
+    if side < 8:
+        raise ValueError(f"--image_size: images of {side} px are too small: want at least 8")
+    if K > len(source.ids):
+        raise ValueError(f"--clusters={K}: want at most one per example, {len(source.ids)}")
+    if K > n_classes and "dnc_oracle" in config.arms:
+        raise ValueError(f"--clusters={K}: the arm dnc_oracle has only {n_classes} classes to group")
+    for seed in config.seeds:  # what was given is looked at before any work is done
+        if config.assignment:
+            path = config.assignment.format(seed=seed)
+            if not os.path.exists(path):
+                raise ValueError(f"--assignment={path}: no such file")
+            read_assignment(path, {**stage.origin(data.Pool(source, seed=seed)), "clusters": K})
+    run.open_workdir(config)
+
+    model = Model(resnet.ResNet(config.model, side, channels, config.dtype), config.hidden,
+                  config.embed, config.head_hidden)
+    views = Views(config.crop_area, config.jitter, tuple(config.blur), tuple(config.solarise))
+    metrics_file = report.MetricsFile(os.path.join(config.workdir, "metrics.jsonl"))
+    stop, test_pool, forward = run.Stop(), data.Pool(test_source), make_forward(model)
+    optimiser = lars(config.weight_decay)
+    contrast = devices.Program(functools.partial(
+        moclr_step, model=model, optimiser=optimiser, views=views, temperature=config.temperature,
+        same_view_negatives=config.same_view_negatives, peak=config.learning_rate * b / 256,
+        warmup=config.warmup, m0=config.m0, n_classes=n_classes), (None, None, None, 0), (0,))
+    distils = {n: devices.Program(functools.partial(
+        distil_step, model=model, optimiser=optimiser, views=views, n_views=config.distil_views,
+        peak=config.distil_learning_rate * b / 256, warmup=config.warmup), (None, None, None, 0),
+        (0,)) for n in (0, K)}
+    fractions = config.base_fraction, config.experts_fraction, config.distil_fraction
+
+    def declared(arm, steps):
+        return declared_flops(
+            arm, steps, b, model, K=K, n_all=len(source.ids),
+            n_fit=min(config.kmeans_examples, len(source.ids)), restarts=config.restarts,
+            iterations=config.kmeans_iterations, n_views=config.distil_views)
+
+    whole = sum(declared("dnc", plan("dnc", config.steps, fractions)).values())
+    steps_of = {arm: plan(arm, config.steps, fractions,
+                          max(1, round(whole / step_flops("base", b, model))))
+                for arm in ("base", *config.arms)}
+
+    def train(name, seed, program, state, key, pool, role, *, steps, load, before=None,
+              evaluate=True, extra=()):
+        """One stage, and the row that it ended with: (state, row)."""
+        seen = {}
+
+        def metrics_of(state):
+            if not evaluate:
+                return {}
+            for which, p in (("train", pool), ("test", test_pool)):
+                seen[which], _ = features(encoder_of(state), forward, p, b)
+            return quick_metrics(seen["train"], seen["test"], n_classes)
+        n_experts = len(jax.tree.leaves(state["experts"])[0]) if "experts" in state else 0
+        per_step = step_flops(role, b, model, K=n_experts, n_views=config.distil_views)
+        state = stage.fit(
+            name, seed, program, state, key, load, steps=steps, batch_size=b, n_scored=b,
+            per_step={role: per_step}, one_off={}, setup_seconds=0.0, metrics_of=metrics_of,
+            at_end=lambda state: {**final_metrics(seen["train"], seen["test"], n_classes),
+                                  **dict(extra)} if evaluate else {},
+            before=before, config=config, metrics_file=metrics_file, stop=stop)
+        rows = [r for r in metrics_file.rows() if (r["arm"], r["seed"]) == (name, seed)]
+        if jax.process_index() == 0 and (not rows or rows[-1]["step"] != steps + (
+                before["step"] if before else 0)):
+            raise ValueError(f"{metrics_file.path} lacks the last row of {name}, seed {seed}: "
+                             "delete --workdir and start again")
+        return state, rows[-1] if rows else None
+
+    def loader(pool, seed, steps, cluster_N=None, expert=None):
+        """batches(start) of a stage: of one cluster, or of all with each image's cluster."""
+        how = dict(seed=seed, batch_size=b, stop=steps, host=devices.host())
+
+        def load(start):
+            made = (data.batches(pool, start=start, **how) if expert is None else
+                    expert_batches(pool, cluster_N, expert, start=start, **how))
+            for batch in made:
+                if cluster_N is not None and expert is None:
+                    batch["cluster"] = cluster_N[np.searchsorted(pool.ids, batch["id"])]
+                yield devices.shard({k: batch[k] for k in ("image", "label", "cluster")
+                                     if k in batch})
+        return load
+
+    def k_means(seed, pool, base, key):
+        """Clusters [N] of the base's representations, from their file or into it, and seconds."""
+        def make():
+            got, seconds = features(base, forward, pool, b)
+            cluster_N, took = divide(key, probe.unit(got["h"]), K, seed=seed,
+                                     examples=config.kmeans_examples, restarts=config.restarts,
+                                     iterations=config.kmeans_iterations)
+            return {"cluster": cluster_N, "sha256": np.array(hashlib.sha256(
+                cluster_N.tobytes()).hexdigest())}, seconds + took
+        path = config.assignment or os.path.join(config.workdir, "assignment-{seed}.npz")
+        arrays, seconds = stage.cached(path.format(seed=seed), base, pool, make, "assignment",
+                                       clusters=K)
+        if jax.process_index() == 0:
+            read_assignment(path.format(seed=seed), {"clusters": K})
+        return arrays["cluster"], seconds
+
+    def experts_of(arm, seed, pool, cluster_N, base, row, key_init, key_steps):
+        """(frozen encoders, last row) of the experts of an arm, one after the other, each on all
+        devices: their steps differ, and batch norm and negatives want the whole batch."""
+        experts, size_K = [], np.bincount(cluster_N, minlength=K)
+        for j, n in enumerate(expert_steps(size_K, steps_of[arm]["experts"])):
+            name, key = f"{arm}_expert{j}", jax.random.fold_in(key_init, 1 + j)
+            if n == 0:
+                logging.warning("%s: %d examples get no step: the base stands in", name, size_K[j])
+                experts.append(encoder_of(base))
+                continue
+            if size_K[j] < b:
+                logging.warning("%s: %d examples are less than a batch of %d: it is filled by "
+                                "going round", name, size_K[j], b)
+            state = new_state(key, model, optimiser, n, base if config.expert_init == "base" else
+                              None)
+            state, row = train(name, seed, contrast, state, jax.random.fold_in(key_steps, 1 + j),
+                               pool, "experts", steps=n, evaluate=False, before=row,
+                               load=loader(pool, seed, n, cluster_N, j))
+            experts.append(encoder_of(state))
+        return experts, row
+
+    shown = None
+    for seed in config.seeds:
+        pool = data.Pool(source, seed=seed)
+        label_N = np.concatenate([x["label"][x["valid"]] for x in data.sweep(pool, b)])
+        key_init, key_steps, key_divide = jax.random.split(jax.random.key(seed), 3)
+        base = cluster_N = None
+        for arm in config.arms:
+            steps, experts, extra = steps_of[arm], [], {}
+            if base is None and arm not in ("moclr", "moclr_flops"):
+                n = steps["base"]
+                base, base_row = train(
+                    "base", seed, contrast, new_state(key_init, model, optimiser, n), key_steps,
+                    pool, "base", steps=n, load=loader(pool, seed, n))
+            if arm in ("moclr", "moclr_flops"):
+                n = steps["base"]
+                train(arm, seed, contrast, new_state(key_init, model, optimiser, n), key_steps,
+                      pool, "base", steps=n, load=loader(pool, seed, n))
+                continue
+            row, mine_N = base_row, None
+            if arm in DIVIDES:
+                if cluster_N is None:
+                    cluster_N, took = k_means(seed, pool, encoder_of(base), key_divide)
+                mine_N = partition(arm, cluster_N, label_N, K, seed)
+                extra = {"nmi": probe.nmi(mine_N, label_N)}
+                if row and arm != "dnc_oracle":
+                    row = {**row, "seconds": row["seconds"] + took,
+                           "examples_scored": row["examples_scored"] + len(pool),
+                           "flops": {**row["flops"],
+                                     "clustering": declared(arm, steps)["clustering"]}}
+                if shown is None or arm == "dnc" != shown[0]:
+                    shown = arm, pool, mine_N, extra["nmi"]
+                experts, row = experts_of(arm, seed, pool, mine_N, base, row, key_init, key_steps)
+            n = steps["distil"]
+            state = new_student(jax.random.fold_in(key_init, 0), model, optimiser, n,
+                                encoder_of(base), experts, config.student_init == "base")
+            train(arm, seed, distils[len(experts)], state, jax.random.fold_in(key_steps, 0), pool,
+                  "distillation", steps=n, before=row, extra=extra,
+                  load=loader(pool, seed, n, mine_N))
+
+    if jax.process_index() == 0:
+        rows = metrics_file.rows()
+        report_all(config, rows, steps_of)
+        if shown:
+            draw_clusters(*shown[1:], os.path.join(config.workdir, "clusters.png"))
+
+
+def report_all(config, rows, steps_of):
+    """summary.json of the linear probe at the end; curves.png of the nearest neighbours on the way,
+    where an arm's curve begins with its base's; the tables."""
+    shared = dict(script="dnc", arms=config.arms,
+                  dataset=os.path.basename(config.dataset.rstrip("/")))
+    summary = report.summarise(rows, metric="linear_probe", **shared)
+    report.write_json(os.path.join(config.workdir, "summary.json"), summary)
+    curve = [{**r, "arm": arm} for arm in config.arms for r in rows
+             if r["arm"] == arm or (r["arm"] == "base" and steps_of[arm]["distil"])]
+    report.curves(curve, report.summarise(curve, metric="knn", **shared),
+                  os.path.join(config.workdir, "curves.png"))
+    measures = ("linear_probe", "balanced_accuracy", "head", "middle", "tail", "knn", "nmi")
+    lines = [["arm", *measures]]
+    for arm, a in summary["arms"].items():
+        lines.append([arm, *(f"{a['final'][m]['mean']:.3f}" if a["final"].get(m, {}).get("mean")
+                             is not None else "-" for m in measures)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    finals = "\n".join("  ".join([name.ljust(widths[0]), *(
+        c.rjust(w) for c, w in zip(cells, widths[1:]))]) for name, *cells in lines)
+    note = "toy is too small to show DnC's gain: a check that all stages run, not evidence"
+    print(report.table(summary), finals, report.bill(summary), batches_seen(rows),
+          *([textwrap.fill(note, 98)] if config.dataset == "toy" else []), sep="\n\n")
+
+
+if __name__ == "__main__":
+    define_flags()
+    run.main(main)
