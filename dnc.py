@@ -25,8 +25,8 @@ where it is made.
 import dataclasses
 import functools
 import hashlib
+import math
 import os
-import textwrap
 import time
 
 from absl import flags, logging
@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common import data, devices, probe, report, resnet, run, stage, vit
+from common import augment, data, devices, probe, report, resnet, run, stage, vit
 from common.devices import AXIS
 
 ARMS = ("moclr", "moclr_flops", "dnc", "dnc_random", "self_distil", "dnc_oracle")
@@ -111,96 +111,6 @@ def define_flags():
     f.DEFINE_float("warmup", 0.01, "fraction of a stage's steps")
 
 
-# ------------------------------------------------------------------------------ augmentation
-
-
-@dataclasses.dataclass(frozen=True)
-class Views:
-    """How views are drawn: BYOL's table 6, probabilities by view where the two differ."""
-    crop_area: float = 0.08
-    jitter: float = 1.0
-    blur: tuple = (1.0, 0.1)
-    solarise: tuple = (0.0, 0.2)
-
-
-def augment(key, place_N, image_NHWC, views):
-    """Two views of each image, float32 in [-1, 1], drawn from its place in the whole batch: the
-    same on any number of devices."""
-    def one(place, image_HWC):
-        key_place = jax.random.fold_in(key, place)
-        return tuple(view(jax.random.fold_in(key_place, v), image_HWC, views, v) for v in (0, 1))
-    return jax.vmap(one)(place_N, image_NHWC.astype(jnp.float32) / 255)
-
-
-def view(key, image_HWC, views, v):
-    """In BYOL's order: crop, flip (p .5), jitter (p .8), grey (p .2), blur, solarise."""
-    keys = jax.random.split(key, 6)
-    happens = lambda i, p: jax.random.bernoulli(keys[i], p)
-    image = crop(keys[0], image_HWC, views.crop_area)
-    image = jnp.where(happens(1, 0.5), image[:, ::-1], image)
-    image = recolour(keys[2], image, views.jitter)
-    if views.blur[v]:
-        key_draw, key_blur = jax.random.split(keys[3])
-        image = jnp.where(jax.random.bernoulli(key_draw, views.blur[v]), blur(key_blur, image),
-                          image)
-    if views.solarise[v]:
-        image = jnp.where(happens(4, views.solarise[v]) & (image >= 0.5), 1 - image, image)
-    return 2 * image - 1
-
-
-def crop(key, image_HWC, least):
-    """A box of area U(least, 1) of the image and aspect 3/4 to 4/3 (log-uniform), resized to the
-    whole, bicubic. A side longer than the image is cut to it (torchvision would draw again)."""
-    key_area, key_aspect, key_place = jax.random.split(key, 3)
-    area = jax.random.uniform(key_area, minval=least)
-    aspect = jnp.exp(jax.random.uniform(key_aspect, minval=-np.log(4 / 3), maxval=np.log(4 / 3)))
-    box = jnp.minimum(1.0, jnp.sqrt(jnp.stack([area / aspect, area * aspect])))
-    corner = jax.random.uniform(key_place, (2,)) * (1 - box)
-    return jnp.clip(jax.image.scale_and_translate(
-        image_HWC, image_HWC.shape, (0, 1), 1 / box, -corner * image_HWC.shape[0] / box, "cubic",
-        antialias=False), 0, 1)
-
-
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
-
-
-def recolour(key, image_HWC, strength):
-    """Jitter (p .8) in random order: brightness and contrast times 1 +- .4, saturation times
-    1 +- .2, hue turned by +-.1 of a circle; then grey (p .2).
-
-    All four are affine maps of the colours of one image (contrast knows its mean; hue turns in YIQ,
-    not in HSV), so they are composed first and applied once; colours are clipped at the end only.
-    """
-    key_factor, key_order, key_jitter, key_grey = jax.random.split(key, 4)
-    reach = strength * jnp.array([0.4, 0.4, 0.2, 0.1])
-    bright, contrast, saturate, hue = jax.random.uniform(key_factor, (4,), minval=-reach,
-                                                         maxval=reach) + jnp.array([1, 1, 1, 0])
-    grey, I = jnp.tile(LUMA, (3, 1)), jnp.eye(3)
-    cos, sin = jnp.cos(2 * jnp.pi * hue), jnp.sin(2 * jnp.pi * hue)
-    turn = I.at[1:, 1:].set(jnp.stack([jnp.stack([cos, -sin]), jnp.stack([sin, cos])]))
-    maps = jnp.stack([bright * I, contrast * I, saturate * I + (1 - saturate) * grey,
-                      np.linalg.inv(YIQ) @ turn @ YIQ])
-    mean_C = image_HWC.mean((0, 1))
-    A, shift = I, jnp.zeros(3)
-    for kind in jax.random.permutation(key_order, 4):
-        shift_to = (kind == 1) * (1 - contrast) * (LUMA @ (A @ mean_C + shift))
-        A, shift = maps[kind] @ A, maps[kind] @ shift + shift_to
-    jittered = jax.random.bernoulli(key_jitter, 0.8)
-    A, shift = jnp.where(jittered, A, I), jnp.where(jittered, shift, 0)
-    to = jnp.where(jax.random.bernoulli(key_grey, 0.2), grey, I)
-    return jnp.clip(jnp.einsum("cd,hwd->hwc", to @ A, image_HWC) + to @ shift, 0, 1)
-
-
-def blur(key, image_HWC):
-    """Gaussian of sigma U(.1, 2) pixels, cut at a twentieth of the side; rows, then columns."""
-    sigma = jax.random.uniform(key, minval=0.1, maxval=2.0)
-    d = np.abs(np.subtract.outer(*[np.arange(image_HWC.shape[0])] * 2))
-    weight = jnp.exp(-0.5 * jnp.square(d / sigma)) * (d <= max(1, image_HWC.shape[0] // 20))
-    weight /= weight.sum(1, keepdims=True)
-    return jnp.einsum("ih,jw,hwc->ijc", weight, weight, image_HWC)
-
-
 # ------------------------------------------------------------------------------------- models
 
 
@@ -244,8 +154,8 @@ def unit(z):
 
 
 def plain(image_NHWC):
-    """The view that is clustered and evaluated: the whole image (a data set's own centre square)."""
-    return image_NHWC.astype(jnp.float32) / 127.5 - 1
+    """The view that is clustered and evaluated: the whole image, a data set's centre square."""
+    return 2 * augment.rgb(image_NHWC) - 1
 
 
 def encoder_of(state):
@@ -322,7 +232,7 @@ def lars(weight_decay, *, trust=1e-3, momentum=0.9):
                        scale, optax.trace(momentum))
 
 
-def apply_lars(learner, grads, optimiser, rate):
+def update(learner, grads, optimiser, rate):
     updates, opt = optimiser.update(grads, learner["opt"], learner["params"], rate=rate)
     return {"params": optax.apply_updates(learner["params"], updates), "opt": opt}
 
@@ -332,14 +242,14 @@ def moclr_step(state, index, key, batch_N, *, model, optimiser, views, temperatu
     """(state, metrics) after step `index` (from 0), inside `pmap`: of the base, or of an expert.
 
     Args:
-      state: {'learner': {'params', 'opt'}, 'stats': running statistics of its batch norms, 'target':
-        the momentum encoder's parameters, 'total': steps of this stage}. The target's batch norms
-        see its own batch's statistics, so that it has none to keep.
+      state: {'learner': {'params', 'opt'}, 'stats': running statistics of its batch norms,
+        'target': the momentum encoder's parameters, 'total': steps of this stage}. The target's
+        batch norms see its own batch's statistics, so that it has none to keep.
       batch_N: 'image' uint8 [N, H, W, C]; 'label' [N], which is reported on only.
       peak: learning rate after the warm-up, a fraction of the stage. m0: see `ema_decay`.
     """
-    view1, view2 = augment(jax.random.fold_in(key, index), devices.places(batch_N),
-                           batch_N["image"], views)
+    view1, view2 = augment.two_views(jax.random.fold_in(key, index), devices.places(batch_N),
+                                     batch_N["image"], views)
     k1_NE, k2_NE = (project(state["target"], state["stats"], v, model)[0] for v in (view1, view2))
 
     def loss_of(params):
@@ -353,7 +263,7 @@ def moclr_step(state, index, key, batch_N, *, model, optimiser, views, temperatu
     loss, hardness, grads = devices.mean((loss, hardness, grads))
     total = state["total"]
     rate = warmup_cosine(index, total, jnp.round(warmup * total), peak)
-    learner = apply_lars(state["learner"], grads, optimiser, rate)
+    learner = update(state["learner"], grads, optimiser, rate)
     target = ema(state["target"], learner["params"], ema_decay(index, total, m0))
     classes = effective_classes(devices.gather(batch_N["label"]), n_classes)
     return ({"learner": learner, "stats": stats, "target": target, "total": total},
@@ -563,11 +473,11 @@ def distil_loss(base_ND, own_NKD, to_base_ND, to_own_ND, cluster_N):
 
 
 def own_expert(experts, image_NHWC, cluster_N, model):
-    """h [N, D]: each image through its own cluster's expert, of {'params', 'stats'} stacked [K, ..].
+    """h [N, D]: each image through its own cluster's expert; experts: frozen encoders stacked [K].
 
     Rows are sorted by cluster and cut into blocks of one cluster each, as many as any mix of
     clusters can need; a block looks up its expert. All K experts on all images would be K N
-    forwards: this is `slots(N, K)`, a quarter more than N at most.
+    forwards: this is rows x blocks of `block_shape`, a quarter more than N at most.
     """
     N, K = len(image_NHWC), len(jax.tree.leaves(experts)[0])
     size, n_blocks = block_shape(N, K)
@@ -595,12 +505,6 @@ def block_shape(n, k):
     return size, (n + k * (size - 1)) // size
 
 
-def slots(n, k):
-    """Forwards that `own_expert` runs for n images."""
-    size, n_blocks = block_shape(n, k)
-    return size * n_blocks
-
-
 def distil_step(state, index, key, batch_N, *, model, optimiser, views, n_views, peak, warmup):
     """(state, metrics) after step `index` (from 0), inside `pmap`.
 
@@ -613,8 +517,8 @@ def distil_step(state, index, key, batch_N, *, model, optimiser, views, n_views,
         'stats'}, 'experts': the same, stacked [K, ...], or absent}.
       batch_N: 'image' uint8 [N, H, W, C], 'cluster' [N] where there are experts.
     """
-    shown = augment(jax.random.fold_in(key, index), devices.places(batch_N), batch_N["image"],
-                    views)[:n_views]
+    shown = augment.two_views(jax.random.fold_in(key, index), devices.places(batch_N),
+                              batch_N["image"], views)[:n_views]
     cluster_N, experts = batch_N.get("cluster"), state.get("experts")
     targets = jax.lax.stop_gradient([
         (represent(state["base"], view, model),
@@ -636,7 +540,7 @@ def distil_step(state, index, key, batch_N, *, model, optimiser, views, n_views,
     loss, grads = devices.mean((loss, grads))
     total = state["total"]
     rate = warmup_cosine(index, total, jnp.round(warmup * total), peak)
-    learner = apply_lars(state["learner"], grads, optimiser, rate)
+    learner = update(state["learner"], grads, optimiser, rate)
     return {**state, "learner": learner, "stats": stats}, {"loss": loss}
 
 
@@ -662,7 +566,8 @@ def step_flops(role, b, model, *, K=0, n_views=1):
     if role in ("base", "experts"):
         return 2 * 4 * b * F_projected
     F_heads = (K + 1) * 4 * model.encoder.features * model.head_hidden
-    return n_views * (3 * b * (F + F_heads) + b * F + (slots(b, K) * F if K else 0))
+    own = math.prod(block_shape(b, K)) if K else 0
+    return n_views * (3 * b * (F + F_heads) + b * F + own * F)
 
 
 def declared_flops(arm, steps, b, model, *, K, n_all, n_fit, restarts, iterations, n_views):
@@ -725,27 +630,6 @@ def batches_seen(rows):
     return "\n".join(f"{name}: {np.mean([r['effective_classes'] for r in rs]):.1f} effective "
                      f"classes in a batch, log sum exp of the negatives "
                      f"{np.mean([r['hardness'] for r in rs]):.2f}" for name, rs in stages.items())
-
-
-def draw_clusters(pool, cluster_N, nmi, path, columns=14, most=12):
-    """clusters.png: a row of random members for each cluster, the largest first."""
-    from matplotlib import figure
-    size_K = np.bincount(cluster_N)
-    order = np.argsort(-size_K, kind="stable")[:most]
-    fig = figure.Figure(figsize=(columns, 1.1 * len(order) + 0.8), layout="constrained")
-    axes = fig.subplots(len(order), columns, squeeze=False)
-    rng = np.random.default_rng(0)
-    for row, j in zip(axes, order):
-        some = rng.permutation(pool.ids[cluster_N == j])[:columns]
-        images = pool.read(some)["image"] if len(some) else []
-        for ax in row:
-            ax.set(xticks=[], yticks=[], frame_on=False)
-        for ax, image in zip(row, images):
-            ax.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-        row[0].set_ylabel(f"{size_K[j]:,}", fontsize=11)
-    fig.suptitle(f"{len(size_K)} clusters of {len(cluster_N):,} images, with their sizes; NMI with "
-                 f"the labels {nmi:.3f}", fontsize=13)
-    fig.savefig(path, dpi=100)
 
 
 # --------------------------------------------------------------------------------------- main
@@ -837,12 +721,13 @@ def main():
         for split in (config.split, config.eval_split))
     side, _, channels = source.image_shape
     b, K, n_classes = config.batch_size, config.clusters, len(source.class_names)
-    if side < 8:
-        raise ValueError(f"--image_size: images of {side} px are too small: want at least 8")
+    if side < 8 or channels not in (1, 3):
+        raise ValueError(f"--image_size: images of {side} px in {channels} channels: want 8 px or "
+                         "more, in 1 or 3")
     if K > len(source.ids):
         raise ValueError(f"--clusters={K}: want at most one per example, {len(source.ids)}")
     if K > n_classes and "dnc_oracle" in config.arms:
-        raise ValueError(f"--clusters={K}: the arm dnc_oracle has only {n_classes} classes to group")
+        raise ValueError(f"--clusters={K}: dnc_oracle has only {n_classes} classes to group")
     for seed in config.seeds:  # what was given is looked at before any work is done
         if config.assignment:
             path = config.assignment.format(seed=seed)
@@ -851,9 +736,10 @@ def main():
             read_assignment(path, {**stage.origin(data.Pool(source, seed=seed)), "clusters": K})
     run.open_workdir(config)
 
-    model = Model(resnet.ResNet(config.model, side, channels, config.dtype), config.hidden,
+    model = Model(resnet.ResNet(config.model, side, dtype=config.dtype), config.hidden,
                   config.embed, config.head_hidden)
-    views = Views(config.crop_area, config.jitter, tuple(config.blur), tuple(config.solarise))
+    views = augment.Views(config.crop_area, config.jitter, tuple(config.blur),
+                          tuple(config.solarise))
     metrics_file = report.MetricsFile(os.path.join(config.workdir, "metrics.jsonl"))
     stop, test_pool, forward = run.Stop(), data.Pool(test_source), make_forward(model)
     optimiser = lars(config.weight_decay)
@@ -998,12 +884,13 @@ def main():
         rows = metrics_file.rows()
         report_all(config, rows, steps_of)
         if shown:
-            draw_clusters(*shown[1:], os.path.join(config.workdir, "clusters.png"))
+            report.draw_clusters(*shown[1:], os.path.join(config.workdir, "clusters.png"))
 
 
 def report_all(config, rows, steps_of):
     """summary.json of the linear probe at the end; curves.png of the nearest neighbours on the way,
     where an arm's curve begins with its base's; the tables."""
+    rows = [{k: v for k, v in r.items() if k != "setup_seconds"} for r in rows]  # there is none
     shared = dict(script="dnc", arms=config.arms,
                   dataset=os.path.basename(config.dataset.rstrip("/")))
     summary = report.summarise(rows, metric="linear_probe", **shared)
@@ -1013,16 +900,10 @@ def report_all(config, rows, steps_of):
     report.curves(curve, report.summarise(curve, metric="knn", **shared),
                   os.path.join(config.workdir, "curves.png"))
     measures = ("linear_probe", "balanced_accuracy", "head", "middle", "tail", "knn", "nmi")
-    lines = [["arm", *measures]]
-    for arm, a in summary["arms"].items():
-        lines.append([arm, *(f"{a['final'][m]['mean']:.3f}" if a["final"].get(m, {}).get("mean")
-                             is not None else "-" for m in measures)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    finals = "\n".join("  ".join([name.ljust(widths[0]), *(
-        c.rjust(w) for c, w in zip(cells, widths[1:]))]) for name, *cells in lines)
-    note = "toy is too small to show DnC's gain: a check that all stages run, not evidence"
-    print(report.table(summary), finals, report.bill(summary), batches_seen(rows),
-          *([textwrap.fill(note, 98)] if config.dataset == "toy" else []), sep="\n\n")
+    print(report.table(summary), report.finals(summary, measures), report.bill(summary),
+          batches_seen(rows), sep="\n\n")
+    if config.dataset == "toy":
+        print("\ntoy is too small to show DnC's gain: a check that all stages run, not evidence")
 
 
 if __name__ == "__main__":

@@ -264,8 +264,25 @@ def bill(summary: dict) -> str:
     base = total_flops(next(iter(arms.values()))["flops"])
     lines = [["FLOPs of a run", *arms], ["-" * 14, *("-" * len(arm) for arm in arms)]]
     lines += [[role, *(_si(a["flops"].get(role, 0.0)) for a in arms.values())] for role in roles]
+    if not {*roles} & {*LEVELS["no_amortisation"]}:  # nothing in this script can be amortised
+        lines.append(["all / baseline", *(f"{total_flops(a['flops']) / base:.3f}"
+                                          for a in arms.values())])
+        return _columns(lines)
     lines += [[f"{level} / baseline", *(f"{total_flops(a['flops'], level) / base:.3f}"
                                         for a in arms.values())] for level in LEVELS]
+    return _columns(lines)
+
+
+def finals(summary: dict, metrics) -> str:
+    """The arms in rows, the mean over seeds of each of these metrics at the end; '-' for none."""
+    lines = [["arm", *metrics]]
+    for arm, a in summary["arms"].items():
+        means = [a["final"].get(metric, {}).get("mean") for metric in metrics]
+        lines.append([arm, *("-" if m is None else f"{m:.3f}" for m in means)])
+    return _columns(lines)
+
+
+def _columns(lines) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join([name.ljust(widths[0]), *(
         c.rjust(w) for c, w in zip(cells, widths[1:]))]) for name, *cells in lines)
@@ -402,3 +419,24 @@ def draw_picks(rows, ids, score_B, pick_S, *, pool, arm, path, columns=12):
     fig.suptitle(f"What {arm} takes and leaves of one super-batch, after training: score above, "
                  "the label or caption as given below; orange: it is wrong")
     fig.savefig(path, dpi=110)
+
+
+def draw_clusters(pool, cluster_N, nmi, path, columns=14, most=12):
+    """clusters.png: a row of random members for each cluster, the largest first."""
+    from matplotlib import figure
+    size_K = np.bincount(cluster_N)
+    order = np.argsort(-size_K, kind="stable")[:most]
+    fig = figure.Figure(figsize=(columns, 1.1 * len(order) + 0.8), layout="constrained")
+    axes = fig.subplots(len(order), columns, squeeze=False)
+    rng = np.random.default_rng(0)
+    for row, j in zip(axes, order):
+        some = rng.permutation(pool.ids[cluster_N == j])[:columns]
+        images = pool.read(some)["image"] if len(some) else []
+        for ax in row:
+            ax.set(xticks=[], yticks=[], frame_on=False)
+        for ax, image in zip(row, images):
+            ax.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        row[0].set_ylabel(f"{size_K[j]:,}", fontsize=11)
+    fig.suptitle(f"{len(size_K)} clusters of {len(cluster_N):,} images, with their sizes; NMI with "
+                 f"the labels {nmi:.3f}", fontsize=13)
+    fig.savefig(path, dpi=100)
