@@ -1,0 +1,628 @@
+"""MoCLR, k-means, experts and distillation do what their equations say, on any number of devices."""
+
+import itertools
+import math
+
+from hypothesis import given, settings, strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common import augment, data, devices, probe, report, resnet
+import dnc
+import slow_dnc
+from test_rho_learnability import assert_trees_equal, sharded
+
+MODEL = dnc.Model(resnet.ResNet("8/4", 8), hidden=8, embed=6, head_hidden=8)
+VIEWS = augment.Views(0.3, 1.0, (0.5, 0.5), (0.5, 0.5))
+
+
+def test_the_reference_itself():
+    slow_dnc.check()
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def images(n, seed=0, side=8, channels=3):
+    return np.random.default_rng(seed).integers(0, 256, (n, side, side, channels), np.uint8)
+
+
+def conv_flops(jaxpr):
+    """2 x outputs x kernel inputs of every convolution in a jaxpr, scans included."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * (
+                math.prod(kernel) // kernel[spec[0]])
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        total += times * sum(map(conv_flops, jax.extend.core.jaxprs_in_params(eqn.params)))
+    return total
+
+
+# ------------------------------------------------------------------------------------- resnet
+
+
+@pytest.mark.parametrize("size, count", [("18", 11_176_512), ("50", 23_508_032)])
+def test_published_sizes(size, count):
+    config = resnet.ResNet(size, 224)
+    params, _ = jax.eval_shape(lambda: resnet.resnet_init(jax.random.key(0), config))
+    assert sum(x.size for x in jax.tree.leaves(params)) == count
+    with_head = {"18": 11_689_512, "50": 25_557_032}[size]
+    assert count + config.features * 1000 + 1000 == with_head
+
+
+@pytest.mark.parametrize("size, side", [("18", 224), ("50", 224), ("8/16", 32), ("14/8", 9),
+                                        ("50/4", 50), ("18/8", 65)])
+def test_flops_are_those_of_the_convolutions(size, side):
+    config = resnet.ResNet(size, side)
+    params, stats = jax.eval_shape(lambda: resnet.resnet_init(jax.random.key(0), config))
+    jaxpr = jax.make_jaxpr(lambda p, s, x: resnet.resnet_apply(p, s, x, config, False))(
+        params, stats, jax.ShapeDtypeStruct((3, side, side, 3), jnp.float32))
+    assert conv_flops(jaxpr.jaxpr) == 3 * resnet.resnet_flops(config)
+
+
+def test_sizes_that_do_not_exist():
+    for name in ("huge", "9/16", "8/0", "8/16/2", "", "2", "18/x"):
+        with pytest.raises(ValueError, match="model size"):
+            resnet.size(name)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_batch_norm(on_devices, n):
+    x, (p, stats) = 3 * normal(0, 8, 2, 2, 5) + 1, resnet.norm_init(5)
+    p = {"scale": normal(1, 5), "bias": normal(2, 5)}
+    stats = {"mean": normal(3, 5), "var": normal(4, 5)**2}
+    apply = lambda p, s, x: jax.tree.map(lambda v: v[None], resnet.batch_norm(p, s, x, True))
+    y, new = on_devices(n, apply, p, stats, sharded(x, n), in_axes=(None, None, 0), out_axes=0)
+    np.testing.assert_allclose(y.reshape(x.shape), slow_dnc.batch_norm(x, p["scale"], p["bias"]),
+                               rtol=1e-4, atol=1e-4)
+    expected = slow_dnc.batch_norm_running(stats["mean"], stats["var"], x)
+    for got in (new["mean"], new["var"]):
+        np.testing.assert_array_equal(got, got[:1].repeat(n, 0))  # equal on all devices
+    np.testing.assert_allclose(new["mean"][0, 0] if n == 1 else new["mean"][0].reshape(-1, 5)[0],
+                               expected[0], rtol=1e-5)
+    np.testing.assert_allclose(new["var"][0].reshape(-1, 5)[0], expected[1], rtol=1e-5)
+    y, same = resnet.batch_norm(p, stats, x, train=False)
+    assert_trees_equal(same, stats)
+    np.testing.assert_allclose(y, (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * p["scale"]
+                               + p["bias"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_residual_block_starts_as_its_shortcut_and_bf16_is_close():
+    config = resnet.ResNet("14/4", 16)
+    params, stats = resnet.resnet_init(jax.random.key(0), config)
+    x = normal(0, 2, 16, 16, 4)
+    layers = resnet.convs(config, *next(s for n, *s in resnet.blocks(config)))
+    y, _ = resnet.block(params["stage0_block0"], stats["stage0_block0"], x, layers, False)
+    np.testing.assert_array_equal(y, np.maximum(x, 0))
+    leaves = [x for x in jax.tree.leaves(params) if x.ndim == 4]
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(leaves, 2))
+    image = normal(1, 2, 16, 16, 3)
+    low = resnet.ResNet("14/4", 16, dtype="bfloat16")
+    full, half = (resnet.resnet_apply(params, stats, image, c, False)[0] for c in (config, low))
+    assert full.dtype == half.dtype == jnp.float32
+    np.testing.assert_allclose(full, half, rtol=0.1, atol=0.05)
+
+
+# ------------------------------------------------------------------------------- augmentation
+
+
+two_views = jax.jit(augment.two_views, static_argnums=3)
+
+
+def test_a_view_depends_on_its_place_and_key_alone():
+    image, key = images(6), jax.random.key(0)
+    a, b = two_views(key, jnp.arange(6), image, VIEWS)
+    assert a.shape == image.shape and -1 <= a.min() and a.max() <= 1
+    assert not np.allclose(a, b)
+    some = np.array([4, 1])
+    np.testing.assert_allclose(two_views(key, jnp.array(some), image[some], VIEWS)[0], a[some],
+                               atol=1e-6)
+    same = two_views(key, jnp.arange(6), image[:1].repeat(6, 0), VIEWS)[0]
+    assert len(np.unique(np.round(same, 3).reshape(6, -1), axis=0)) == 6
+    assert not np.allclose(two_views(jax.random.key(1), jnp.arange(6), image, VIEWS)[0], a)
+
+
+def test_colours_are_changed_one_after_the_other():
+    """The composed map against the four transforms in their order, each clipped only at the end."""
+    luma = augment.LUMA.astype(np.float64)
+    back = np.linalg.inv(augment.YIQ.astype(np.float64))
+    recolour = jax.jit(augment.recolour)
+    kinds = set()
+    for seed in range(12):
+        key = jax.random.key(seed)
+        keys = jax.random.split(key, 4)
+        draw = np.float64(jax.random.uniform(keys[0], (4,), minval=-1.0))
+        x = np.random.default_rng(seed).uniform(0.3, 0.6, (5, 5, 3))
+        got = recolour(key, jnp.float32(x), 0.5)
+        jitter, grey = (bool(jax.random.bernoulli(k, p)) for k, p in zip(keys[2:], (0.8, 0.2)))
+        kinds.add((jitter, grey))
+        for kind in jax.random.permutation(keys[1], 4) if jitter else ():
+            f = 1 + 0.5 * [0.4, 0.4, 0.2][kind] * draw[kind] if kind < 3 else 0
+            if kind == 0:
+                x = x * f
+            elif kind == 1:
+                x = f * x + (1 - f) * (x @ luma).mean()
+            elif kind == 2:
+                x = f * x + (1 - f) * (x @ luma)[..., None]
+            else:
+                t = 2 * np.pi * 0.5 * 0.1 * draw[3]
+                yiq = x @ augment.YIQ.T.astype(np.float64)
+                yiq[..., 1:] = yiq[..., 1:] @ np.array([[np.cos(t), np.sin(t)],
+                                                        [-np.sin(t), np.cos(t)]])
+                x = yiq @ back.T
+        x = (x @ luma)[..., None].repeat(3, -1) if grey else x
+        np.testing.assert_allclose(got, np.clip(x, 0, 1), atol=2e-5)
+    assert len(kinds) >= 3
+
+
+def test_crop_flip_blur_solarise():
+    ramp = np.linspace(0.1, 0.9, 16, dtype=np.float32)[None, :, None].repeat(16, 0).repeat(3, 2)
+    crops = np.stack([augment.crop(jax.random.key(s), ramp, 0.2) for s in range(20)])
+    slope = np.diff(crops[:, 8, 4:12, 0]).mean(1) / np.diff(ramp[8, :, 0]).mean()
+    assert 0.3 < slope.min() and slope.max() < 1.02 and slope.std() > 0.1  # never beyond the image
+    blurred = augment.blur(jax.random.key(0), jnp.eye(16)[..., None].repeat(3, 2))
+    np.testing.assert_allclose(blurred.sum(), 48, rtol=0.1)
+    assert blurred.max() < 1 and (blurred[0, 5:] == 0).all()
+    flat = np.full((40, 8, 8, 3), 200, np.uint8)
+    only = augment.Views(1.0, 0.0, (0.0, 0.0), (0.0, 0.5))
+    a, b = two_views(jax.random.key(0), jnp.arange(40), flat, only)
+    np.testing.assert_allclose(a, 2 * 200 / 255 - 1, atol=1e-5)
+    solarised = np.isclose(b[:, 0, 0, 0], 1 - 2 * 200 / 255, atol=1e-5)
+    assert 8 < solarised.sum() < 32
+    grey = two_views(jax.random.key(0), jnp.arange(2), images(2, channels=1), VIEWS)[0]
+    assert grey.shape[-1] == 3
+
+
+# -------------------------------------------------------------------------------------- MoCLR
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("same_view", [True, False])
+def test_loss_and_gradients_are_the_whole_batch_s(on_devices, same_view, n):
+    rows = {k: normal(i, 8, 6) for i, k in enumerate(("q1", "q2", "k1", "k2"))}
+
+    def step(shift, rows):
+        def local(shift):
+            return dnc.moclr_loss(rows["q1"] + shift[0], rows["q2"], rows["k1"] + shift[1],
+                                  rows["k2"], 0.3, same_view)[0]
+        return devices.mean(jax.value_and_grad(local)(shift))
+    got, grad = on_devices(n, step, np.zeros((2, 6), np.float32), sharded(rows, n),
+                           in_axes=(None, 0))
+    slow = lambda d: slow_dnc.moclr_loss(np.float64(rows["q1"]) + d, rows["q2"], rows["k1"],
+                                         rows["k2"], 0.3, same_view)
+    np.testing.assert_allclose(got, slow(0), rtol=1e-5)
+    finite = [(slow(1e-5 * d) - slow(-1e-5 * d)) / 2e-5 for d in np.eye(6)]
+    np.testing.assert_allclose(grad[0], finite, rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(grad[1], 0)  # nothing reaches the target
+
+
+def test_loss_of_one_image_and_of_equal_ones():
+    z = slow_dnc._unit_rows(normal(0, 1, 5))
+    for same in (None, z):
+        assert float(dnc.info_nce(z, z, 0.1, same)[0]) == 0
+    z = np.tile(z, (7, 1))
+    np.testing.assert_allclose(dnc.info_nce(z, z, 0.1)[0], math.log(7), rtol=1e-5)
+    np.testing.assert_allclose(dnc.info_nce(z, z, 0.1, z)[0], math.log(13), rtol=1e-5)
+    np.testing.assert_allclose(dnc.info_nce(z, z, 0.1, z)[1], 10 + math.log(12), rtol=1e-5)
+
+
+def test_schedules():
+    for step in range(13):
+        np.testing.assert_allclose(dnc.ema_decay(step, 12, 0.97),
+                                   slow_dnc.ema_decay(step, 12, 0.97), rtol=1e-6)
+        for warmup in (0, 1, 5):
+            np.testing.assert_allclose(dnc.warmup_cosine(step, 12, warmup, 2.0),
+                                       slow_dnc.warmup_cosine(step, 12, warmup, 2.0), atol=1e-6)
+
+
+def test_lars_and_ema_are_the_hand_s():
+    params = {"layer": {"w": normal(0, 3, 2), "b": normal(1, 2)}, "zero": {"w": np.zeros(2, np.float32)},
+              "norm": {"scale": normal(2, 2), "bias": normal(3, 2)}}
+    flat = lambda t: {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(t)}
+    free = [k for k in flat(params) if "'w'" not in k]
+    optimiser, slow = dnc.lars(0.1, trust=0.02, momentum=0.8), flat(params)
+    learner = {"params": params, "opt": optimiser.init(params)}
+    momentum = {k: np.zeros_like(v) for k, v in slow.items()}
+    target, slow_target = params, slow
+    for step in range(4):
+        grads = jax.tree.map(lambda x: normal(step, *x.shape), params)
+        rate = [0.5, 2.0, 1.0, 0.0][step]
+        learner = dnc.update(learner, grads, optimiser, rate)
+        slow, momentum = slow_dnc.lars_step(slow, flat(grads), momentum, rate, 0.1, trust=0.02,
+                                            momentum_coefficient=0.8, excluded=free)
+        target = dnc.ema(target, learner["params"], 0.9)
+        slow_target = slow_dnc.ema(slow_target, slow, 0.9)
+        for k, v in flat(learner["params"]).items():
+            np.testing.assert_allclose(v, slow[k], rtol=1e-5, atol=1e-6, err_msg=k)
+            np.testing.assert_allclose(flat(target)[k], slow_target[k], rtol=1e-5, atol=1e-6)
+
+
+OPTIMISER = dnc.lars(1e-4)
+KNOBS = dict(model=MODEL, optimiser=OPTIMISER, views=VIEWS, peak=2.0, warmup=0.2)
+
+
+def contrast(state, index, key, batch_N, same_view_negatives=True):
+    return dnc.moclr_step(state, index, key, batch_N, temperature=0.2, m0=0.9, n_classes=3,
+                          same_view_negatives=same_view_negatives, **KNOBS)
+
+
+def batch(n, seed=0):
+    return {"image": images(n, seed), "label": np.arange(n, dtype=np.int32) % 3,
+            "cluster": np.random.default_rng(seed).integers(0, 3, n, dtype=np.int32)}
+
+
+def in_steps(on_devices, n, step, state, n_steps=3):
+    rows = []
+    for i in range(n_steps):
+        state, metrics = on_devices(n, step, state, np.int32(i), jax.random.key(1),
+                                    sharded(batch(16, i), n), in_axes=(None, None, None, 0))
+        rows.append(metrics)
+    return state, rows
+
+
+def assert_close(a, b, **how):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **how), a, b)
+
+
+def test_three_steps_on_four_devices_are_those_of_one(on_devices):
+    start = dnc.new_state(jax.random.key(0), MODEL, OPTIMISER, 10)
+    one, four = (in_steps(on_devices, n, contrast, start) for n in (1, 4))
+    assert_close(one, four, rtol=2e-3, atol=2e-4)
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), start, one[0])
+    assert all(jax.tree.leaves(moved["learner"]["params"])) and all(jax.tree.leaves(moved["stats"]))
+    for row in one[1]:
+        np.testing.assert_allclose(row["effective_classes"],
+                                   np.exp(slow_dnc._entropy([i % 3 for i in range(16)])), rtol=1e-5)
+
+
+def test_the_target_follows_the_updated_learner(on_devices):
+    start = dnc.new_state(jax.random.key(0), MODEL, OPTIMISER, 10)
+    start["target"] = jax.tree.map(lambda x: x + 0.1, start["target"])
+    for index in (0, 4):
+        state, _ = on_devices(1, contrast, start, np.int32(index), jax.random.key(1),
+                              sharded(batch(8), 1), in_axes=(None, None, None, 0))
+        decay = slow_dnc.ema_decay(index, 10, 0.9)
+        assert_close(state["target"], jax.tree.map(
+            lambda t, o: decay * t + (1 - decay) * o, start["target"], state["learner"]["params"]),
+            rtol=1e-5, atol=1e-6)
+        if index == 0:  # the rate starts at 0
+            assert_close(state["learner"]["params"], start["learner"]["params"], rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------ k-means
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 999), st.integers(2, 30), st.integers(1, 6))
+def test_seeding_is_the_slow_one(seed, n, k):
+    k = min(k, n)
+    x, draws = normal(seed, n, 3), np.random.default_rng(seed).uniform(size=k).astype(np.float32)
+    got = dnc.kmeans_plus_plus(jnp.array(draws), jnp.array(x), jnp.ones(n))
+    np.testing.assert_array_equal(got, x[slow_dnc.kmeans_plus_plus(x, k, draws)])
+
+
+@pytest.mark.parametrize("far", [0, 1, 3])
+@pytest.mark.parametrize("tile", [1, 7, 64])
+def test_lloyd_is_the_slow_one_and_reseeds(tile, far):
+    """`far` centres start where no point goes."""
+    x = normal(5, 40, 3)
+    centres = x[:5].copy()
+    centres[1:1 + far] = 100 + np.arange(far)[:, None]
+    for iterations in (1, 2, 6):
+        got = dnc.lloyd(jnp.array(x), jnp.array(centres), iterations, jnp.ones(40), tile=tile)
+        index, distance, sums, counts = dnc.nearest(jnp.array(x), got, jnp.ones(40), tile)
+        expected, assignment, inertia = slow_dnc.lloyd(x, centres, iterations)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(index, assignment)
+        np.testing.assert_allclose(distance.sum(), inertia, rtol=1e-5)
+        np.testing.assert_array_equal(counts, np.bincount(assignment, minlength=5))
+        np.testing.assert_allclose(sums.sum(0), x.sum(0), rtol=1e-4, atol=1e-4)
+        assert (np.bincount(assignment, minlength=5) > 0).all()
+
+
+def test_the_best_of_all_partitions():
+    for seed in range(4):
+        x, k = normal(seed, 8, 2), 3
+        best = min(sum(((x[m] - x[m].mean(0))**2).sum() for m in members if m.any())
+                   for a in itertools.product(range(k), repeat=7)
+                   for members in [[np.array((0, *a)) == c for c in range(k)]])
+        _, inertia = dnc.kmeans(jax.random.key(seed), jnp.array(x), k, restarts=30)
+        np.testing.assert_allclose(inertia, best, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_devices_tiles_and_filling_change_nothing(on_devices, n):
+    x = np.concatenate([normal(i, 15, 4) + 4 * normal(9 + i, 4) for i in range(3)]) + 50
+    key = jax.random.key(2)
+    centres, inertia = dnc.kmeans(key, jnp.array(x), 6, restarts=3)
+    fill = -len(x) % n + n
+    rows = sharded({"x": np.pad(x, ((0, fill), (0, 0))), "valid": np.arange(len(x) + fill) < 45}, n)
+    got, other = on_devices(n, lambda b: dnc.kmeans(
+        key, b["x"], 6, restarts=3, valid_N=b["valid"], axis=devices.AXIS, tile=5), rows,
+        in_axes=(0,))
+    np.testing.assert_allclose(got, centres, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(other, inertia, rtol=1e-4)
+
+
+def test_more_centres_than_different_points():
+    x = np.repeat(normal(0, 2, 3), 5, axis=0)
+    centres, inertia = dnc.kmeans(jax.random.key(0), jnp.array(x), 4, restarts=2)
+    assert np.isfinite(centres).all() and float(inertia) < 1e-6
+
+
+def test_memory_is_a_tile_s_not_the_product_s():
+    n, k = 20_000, 500
+    compiled = jax.jit(lambda key, x: dnc.kmeans(key, x, k, restarts=1, tile=256)[1]).lower(
+        jax.random.key(0), jax.ShapeDtypeStruct((n, 8), jnp.float32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < n * k * 4 / 4
+
+
+def test_divide_fits_on_some_and_assigns_all():
+    x = np.concatenate([normal(i, 30, 4) * 0.1 + 5 * normal(20 + i, 4) for i in range(3)])
+    cluster_N, seconds = dnc.divide(jax.random.key(0), x, 3, examples=45, restarts=4,
+                                    iterations=10, seed=0)
+    truth = np.repeat(np.arange(3), 30)
+    assert probe.nmi(cluster_N, truth) == pytest.approx(1) and seconds > 0
+    assert cluster_N.dtype == np.int32 and len(cluster_N) == 90
+
+
+def test_partitions():
+    cluster_N = np.random.default_rng(0).integers(0, 4, 60).astype(np.int32)
+    label_N = np.random.default_rng(1).choice(9, 60, p=np.arange(9) / 36)
+    assert dnc.partition("dnc", cluster_N, label_N, 4, 0) is cluster_N
+    random = dnc.partition("dnc_random", cluster_N, label_N, 4, 0)
+    np.testing.assert_array_equal(np.bincount(random), np.bincount(cluster_N))
+    assert (random != cluster_N).any() and probe.nmi(random, cluster_N) < 0.3
+    assert (random != dnc.partition("dnc_random", cluster_N, label_N, 4, 1)).any()
+    oracle = dnc.partition("dnc_oracle", cluster_N, label_N, 4, 0)
+    assert all(len(np.unique(oracle[label_N == c])) == 1 for c in np.unique(label_N))
+    assert np.ptp(np.bincount(oracle, minlength=4)) <= np.bincount(label_N).max()
+    assert len(np.unique(oracle)) == 4
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=8).filter(any), st.integers(0, 100))
+def test_experts_share_the_steps(sizes, total):
+    got = dnc.expert_steps(sizes, total)
+    assert got == slow_dnc.expert_steps(sizes, total) and sum(got) == total
+    assert all(abs(g - total * s / sum(sizes)) < 1 for g, s in zip(got, sizes))
+
+
+def test_every_batch_of_an_expert_is_from_its_cluster():
+    source = data.open_source("toy", "train", toy_knobs=dict(n=40))
+    pool, cluster_N = data.Pool(source), np.arange(40) % 3
+    cluster_N[:4] = 3  # smaller than a batch
+    for j in range(4):
+        mine = pool.ids[cluster_N == j]
+        seen = [b["id"] for b in dnc.expert_batches(pool, cluster_N, j, seed=0, batch_size=8,
+                                                    start=0, stop=6)]
+        assert all(np.isin(ids, mine).all() and len(ids) == 8 for ids in seen)
+        assert set(np.concatenate(seen)) == set(mine)
+        resumed = [b["id"] for b in dnc.expert_batches(pool, cluster_N, j, seed=0, batch_size=8,
+                                                       start=4, stop=6)]
+        np.testing.assert_array_equal(seen[4:], resumed)
+
+
+# ------------------------------------------------------------------------------- distillation
+
+
+def frozen(seed):
+    """An encoder with statistics of its own."""
+    params, stats = resnet.resnet_init(jax.random.key(seed), MODEL.encoder)
+    noisy = lambda i, x: x + 0.3 * np.abs(normal(seed + i, *x.shape))
+    params, stats = (jax.tree.map(lambda x: noisy(1, x), t) for t in (params, stats))
+    return {"params": params, "stats": stats}
+
+
+def stacked(nets):
+    return jax.tree.map(lambda *x: np.stack(x), *nets)
+
+
+@pytest.mark.parametrize("n_experts", [0, 3])
+def test_distil_loss(n_experts):
+    base, to_base, to_own = (normal(i, 7, 5) for i in range(3))
+    own, cluster = normal(3, 7, 3, 5), np.array([0, 2, 1, 1, 2, 0, 0])
+    if not n_experts:
+        got = dnc.distil_loss(base, None, to_base, None, None)
+        expected = np.mean([2 - 2 * slow_dnc._cosine(a, b) for a, b in zip(base, to_base)])
+    else:
+        got = dnc.distil_loss(base, own, to_base, to_own, cluster)
+        expected = slow_dnc.distil_loss(base, own, to_base, to_own, cluster)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+own_expert = jax.jit(dnc.own_expert, static_argnums=3)
+
+
+@pytest.mark.parametrize("cluster", [[0] * 12, [2] * 12, list(range(3)) * 4, [2, 0] + [1] * 10])
+def test_each_image_goes_through_its_own_expert(cluster):
+    nets, image, cluster = [frozen(s) for s in range(3)], normal(0, 12, 8, 8, 3), np.array(cluster)
+    got = own_expert(stacked(nets), image, cluster, MODEL)
+    every = np.stack([dnc.represent(net, image, MODEL) for net in nets])
+    np.testing.assert_allclose(got, every[cluster, np.arange(12)], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, rtol=1e-5)
+    changed = own_expert(stacked([nets[0], frozen(9), nets[2]]), image, cluster, MODEL)
+    np.testing.assert_array_equal(changed[cluster != 1], got[cluster != 1])
+    assert not (cluster == 1).any() or not np.allclose(changed[cluster == 1], got[cluster == 1])
+
+
+@pytest.mark.parametrize("n, k", [(12, 3), (128, 5), (7, 9), (64, 1)])
+def test_blocks_suffice_for_any_mix_and_are_what_runs(n, k):
+    size, n_blocks = dnc.block_shape(n, k)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        counts = np.bincount(rng.choice(k, n, p=rng.dirichlet(np.full(k, 0.3))), minlength=k)
+        assert sum(-(-c // size) for c in counts) <= n_blocks
+    assert size * n_blocks <= 1.25 * n or size == 1
+    shapes = jax.eval_shape(lambda: stacked_abstract(k))
+    jaxpr = jax.make_jaxpr(lambda e, x, c: dnc.own_expert(e, x, c, MODEL))(
+        shapes, jax.ShapeDtypeStruct((n, 8, 8, 3), jnp.float32),
+        jax.ShapeDtypeStruct((n,), jnp.int32))
+    assert conv_flops(jaxpr.jaxpr) == size * n_blocks * resnet.resnet_flops(MODEL.encoder)
+
+
+def stacked_abstract(k):
+    params, stats = resnet.resnet_init(jax.random.key(0), MODEL.encoder)
+    return jax.tree.map(lambda x: jnp.stack([x] * k), {"params": params, "stats": stats})
+
+
+def distil(state, index, key, batch_N, n_views=1):
+    return dnc.distil_step(state, index, key, batch_N, n_views=n_views, **KNOBS)
+
+
+def student(nets, n_experts=3):
+    return dnc.new_student(jax.random.key(0), MODEL, OPTIMISER, 10, frozen(7), nets[:n_experts])
+
+
+@pytest.mark.parametrize("n_views", [1, 2])
+def test_distillation_on_four_devices_is_that_of_one(on_devices, n_views):
+    start = student([frozen(s) for s in range(3)])
+    step = lambda *args: distil(*args, n_views=n_views)
+    one, four = (in_steps(on_devices, n, step, start) for n in (1, 4))
+    assert_close(one, four, rtol=2e-3, atol=2e-4)
+    for teacher in ("base", "experts"):  # no gradient, no batch statistics
+        assert_trees_equal(one[0][teacher], start[teacher])
+
+
+def test_the_loss_of_a_step_is_the_slow_one(on_devices):
+    start, rows = student([frozen(s) for s in range(3)]), batch(8)
+    _, metrics = on_devices(1, distil, start, np.int32(3), jax.random.key(1), sharded(rows, 1),
+                            in_axes=(None, None, None, 0))
+    view = augment.two_views(jax.random.fold_in(jax.random.key(1), 3), jnp.arange(8),
+                             rows["image"], VIEWS)[0]
+    params = start["learner"]["params"]
+    h = on_devices(1, lambda x: resnet.resnet_apply(
+        params["encoder"], start["stats"]["encoder"], x, MODEL.encoder, True)[0],
+        sharded(np.asarray(view), 1), in_axes=(0,))
+    heads = {k: np.asarray(dnc.head(p, h)) for k, p in params["heads"].items()}
+    own = np.stack([heads[f"expert{j}"] for j in range(3)], 1)
+    experts = [jax.tree.map(lambda x: x[j], start["experts"]) for j in range(3)]
+    to_own = np.stack([dnc.represent(e, view, MODEL) for e in experts])[
+        rows["cluster"], np.arange(8)]
+    expected = slow_dnc.distil_loss(heads["base"], own, dnc.represent(start["base"], view, MODEL),
+                                    to_own, rows["cluster"])
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
+
+
+def test_an_expert_teaches_its_own_cluster_only(on_devices):
+    """Two experts differ; a batch without images of their clusters does not notice."""
+    nets = [frozen(s) for s in range(3)]
+    rows = batch(8) | {"cluster": np.array([0, 2] * 4, np.int32)}
+    run = lambda nets, rows: on_devices(
+        1, distil, student(nets), np.int32(5), jax.random.key(1), sharded(rows, 1),
+        in_axes=(None, None, None, 0))
+    (a, loss_a), (b, loss_b) = run(nets, rows), run([nets[0], frozen(9), nets[2]], rows)
+    assert_trees_equal(a["learner"], b["learner"])
+    (a, _), (b, _) = (run(n, batch(8)) for n in (nets, [nets[0], frozen(9), nets[2]]))
+    heads = a["learner"]["params"]["heads"], b["learner"]["params"]["heads"]
+    assert not np.array_equal(heads[0]["expert1"]["down"]["b"], heads[1]["expert1"]["down"]["b"])
+    assert_trees_equal(heads[0]["expert0"], heads[1]["expert0"])  # through the encoder only, later
+
+
+# ----------------------------------------------------------------------------------- the bill
+
+
+def test_a_visit_costs_what_the_paper_s_stages_do():
+    F, F_projected = dnc.forward_flops(MODEL)
+    assert F == resnet.resnet_flops(MODEL.encoder)
+    assert F_projected == F + 2 * (MODEL.encoder.features * 8 + 8 * 6)
+    b = 128
+    assert dnc.step_flops("base", b, MODEL) == b * slow_dnc.visits_cost("moclr") * F_projected
+    thin = dnc.Model(MODEL.encoder, 8, 6, head_hidden=0)
+    for views, stage in ((1, "distil_one_view"), (2, "distil_two_views")):
+        # blocks of one row: no padding
+        got = dnc.step_flops("distil", 12, thin, K=12, n_views=views)
+        assert got == 12 * slow_dnc.visits_cost(stage) * F
+        assert dnc.step_flops("distil", b, thin, n_views=views) == views * b * 4 * F  # no experts
+    got = dnc.step_flops("distil", b, MODEL, K=5) / (b * F)
+    assert got < 1.3 * slow_dnc.visits_cost("distil_one_view")
+
+
+@pytest.mark.parametrize("arm", dnc.ARMS)
+def test_visits_and_flops_add_up(arm):
+    fractions = (1 / 3, 1 / 2, 1 / 6)
+    shared = dict(K=4, n_all=500, n_fit=300, restarts=2, iterations=5, n_views=1)
+    flops = lambda arm, n=0: dnc.declared_flops(arm, dnc.plan(arm, 100, fractions, n), 16, MODEL,
+                                                **shared)
+    base = dnc.step_flops("base", 16, MODEL)
+    n = round(sum(flops("dnc").values()) / base)
+    steps = dnc.plan(arm, 100, fractions, n)
+    assert sum(steps.values()) == (n if arm == "moclr_flops" else 100)
+    assert bool(steps["experts"]) == (arm in dnc.DIVIDES)
+    if arm == "moclr_flops":
+        assert abs(sum(flops(arm, n).values()) - sum(flops("dnc").values())) <= base / 2
+    assert report.total_flops(flops(arm, n)) == sum(flops(arm, n).values())
+
+
+def test_kmeans_flops_count_its_products():
+    """The products of one restart, by a walk over the jaxpr: its distances and sums."""
+    n, K, D, iterations = 64, 5, 7, 3
+
+    def dots(jaxpr):
+        total = 0
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general" and len(eqn.outvars[0].aval.shape) == 2:
+                (contracted, _), _ = eqn.params["dimension_numbers"]
+                total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(
+                    eqn.invars[0].aval.shape[i] for i in contracted)
+            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            total += times * sum(map(dots, jax.extend.core.jaxprs_in_params(eqn.params)))
+        return total
+    jaxpr = jax.make_jaxpr(lambda x, c: dnc.lloyd(x, c, iterations, jnp.ones(n), tile=16))(
+        jnp.zeros((n, D)), jnp.zeros((K, D)))
+    assert dots(jaxpr.jaxpr) == iterations * 4 * n * K * D
+    got = dnc.kmeans_flops(n, 0, K, D, 1, iterations)
+    assert got == 3 * n * K * D + iterations * (4 * n * K * D + 3 * n * D) + n * D * (2 * K + 3)
+
+
+# ------------------------------------------------------------------------------------- probes
+
+
+def test_nearest_neighbours():
+    train, test, label = normal(0, 50, 4), normal(1, 20, 4), np.arange(50) % 6
+    for k, temperature in ((20, 0.07), (3, 1.0), (70, 0.5)):
+        got = probe.knn_predict(train, label, test, 6, k=k, temperature=temperature, block=8)
+        np.testing.assert_array_equal(
+            got, slow_dnc.knn_predict(train, label, test, k, temperature, 6))
+
+
+def test_measures():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 5, 60), rng.integers(0, 7, 60)
+    assert probe.balanced_accuracy(a, b) == pytest.approx(slow_dnc.balanced_accuracy(a, b))
+    assert probe.nmi(a, b) == pytest.approx(slow_dnc.nmi(a, b))
+    assert probe.nmi(a, a) == pytest.approx(1) and probe.nmi([0, 0], [1, 1]) == 1
+    label, count = np.array([0, 1, 2, 3, 4, 5]), np.array([5, 60, 1, 50, 7, 2])
+    got = probe.by_frequency(np.array([0, 1, 0, 3, 0, 0]), label, count)
+    assert got == {"head": 1.0, "middle": 0.5, "tail": 0.0}
+    assert probe.by_frequency(label[:1], label[:1], count)["tail"] is None
+
+
+def test_the_probe_is_at_the_minimum_of_its_loss():
+    x, y = normal(0, 60, 4), np.arange(60) % 3
+    w, b = probe.fit_probe(x, y, np.ones(60, np.float32), 0.01, 3)
+    least = slow_dnc.linear_probe_loss(w, b, x, y, 0.01)
+    np.testing.assert_allclose(probe.probe_loss({"w": w, "b": b}, x, y, np.ones(60), 0.01), least,
+                               rtol=1e-5)
+    for seed in range(20):
+        moved = slow_dnc.linear_probe_loss(w + 0.02 * normal(seed, 4, 3),
+                                           b + 0.02 * normal(seed + 50, 3), x, y, 0.01)
+        assert moved > least
+    some = np.arange(60) < 40  # weights leave rows out as if they were not there
+    assert_close(probe.fit_probe(x, y, np.float32(some), 0.01, 3),
+                 probe.fit_probe(x[some], y[some], np.ones(40, np.float32), 0.01, 3), atol=2e-3)
+
+
+def test_the_probe_sees_no_test_label_and_any_scale():
+    centres = 3 * normal(0, 4, 6)
+    y, test_y = np.arange(200) % 4, np.arange(80) % 4
+    x, test = centres[y] + normal(1, 200, 6), centres[test_y] + normal(2, 80, 6)
+    got, decay = probe.linear_probe(x, y, test, 4)
+    assert (got == test_y).mean() > 0.95 and decay in probe.DECAYS
+    scaled, same = probe.linear_probe(1e3 * x + 7, y, 1e3 * test + 7, 4)
+    assert same == decay and (scaled == got).mean() > 0.98
