@@ -43,18 +43,18 @@ ARMS = ("moclr", "moclr_flops", "dnc", "dnc_random", "self_distil", "dnc_oracle"
 DIVIDES = ("dnc", "dnc_random", "dnc_oracle")  # have experts
 
 PRESETS = {
-    # minutes on two CPU cores
+    # minutes on two CPU cores; up to 64 px no blur and weaker colours (SimCLR's recipe for CIFAR)
     "toy": dict(
-        toy_examples=3000, toy_tail=1.5, image_size=16, model="8/16", hidden=128, embed=64,
-        head_hidden=128, blur=["0", "0"], solarise=["0", "0"], jitter=0.5, crop_area=0.3,
-        temperature=0.2, batch_size=64, steps=480, eval_every=80, learning_rate=4.0,
-        distil_learning_rate=4.0, m0=0.97, clusters=4, warmup=0.05),
-    # 32 px, heavy-tailed: the evidence
+        arms=["moclr", "dnc", "dnc_random", "self_distil"], toy_examples=3000, toy_tail=1.5,
+        image_size=16, model="8/16", hidden=128, embed=64, head_hidden=128, blur=["0", "0"],
+        solarise=["0", "0"], jitter=0.5, crop_area=0.3, batch_size=64, steps=600, eval_every=100,
+        learning_rate=4.0, distil_learning_rate=4.0, m0=0.97, clusters=4, warmup=0.05),
+    # the evidence: heavy-tailed, 32 px; give its path as --dataset. Half an hour for each arm
     "patchwork": dict(
-        dataset="patchwork", image_size=32, model="14/32", hidden=512, embed=128, head_hidden=512,
+        dataset="patchwork", arms=list(ARMS), model="8/16", hidden=256, embed=64, head_hidden=256,
         blur=["0", "0"], solarise=["0", "0"], jitter=0.5, crop_area=0.2, temperature=0.2,
-        batch_size=256, steps=20_000, eval_every=2000, learning_rate=1.0, distil_learning_rate=1.0,
-        m0=0.99, clusters=5, warmup=0.03, arms=list(ARMS)),
+        batch_size=128, steps=2000, eval_every=500, learning_rate=2.0, distil_learning_rate=2.0,
+        m0=0.97, clusters=5, warmup=0.05),
     # the house's recipe (BYOL, 1000 epochs) on generated images: give --dataset for real ones
     "imagenet_R50": dict(
         image_size=224, toy_examples=4096, model="50", hidden=4096, embed=256, head_hidden=4096,
@@ -108,6 +108,7 @@ def define_flags():
                    "warm-up, cosine to 0 in each stage")
     f.DEFINE_float("distil_learning_rate", 0.2, "the same of the distillation")
     f.DEFINE_float("weight_decay", 1.5e-6, "inside LARS, on kernels")
+    f.DEFINE_bool("pixel_probe", False, "also report the linear probe on the raw pixels")
     f.DEFINE_float("warmup", 0.01, "fraction of a stage's steps")
 
 
@@ -151,11 +152,6 @@ def represent(net, image_NHWC, model):
 
 def unit(z):
     return z * jax.lax.rsqrt(jnp.sum(jnp.square(z), -1, keepdims=True) + 1e-12)
-
-
-def plain(image_NHWC):
-    """The view that is clustered and evaluated: the whole image, a data set's centre square."""
-    return 2 * augment.rgb(image_NHWC) - 1
 
 
 def encoder_of(state):
@@ -288,7 +284,7 @@ def kmeans(key, x_ND, k, *, restarts=10, iterations=20, valid_N=None, axis=None,
     Args: valid_N: 0 for rows that only fill up (at the end of the whole), else 1.
     """
     valid_N = jnp.ones(len(x_ND)) if valid_N is None else valid_N.astype(jnp.float32)
-    total = (lambda v: jax.lax.psum(v, axis)) if axis else (lambda v: v)
+    total, _ = over(axis)
     # about the mean, where |x|^2 - 2 x.c + |c|^2 loses fewest digits
     mean_D = total(valid_N @ x_ND) / total(valid_N.sum())
     x_ND = (x_ND - mean_D) * valid_N[:, None]
@@ -303,12 +299,19 @@ def kmeans(key, x_ND, k, *, restarts=10, iterations=20, valid_N=None, axis=None,
     return centres_RKD[best] + mean_D, inertia_R[best]
 
 
+def over(axis):
+    """(sum over the devices, rows of all devices), or nothing to do where no axis is named."""
+    if axis is None:
+        return (lambda v: v), (lambda v: v)
+    return (functools.partial(jax.lax.psum, axis_name=axis),
+            functools.partial(jax.lax.all_gather, axis_name=axis, tiled=True))
+
+
 def kmeans_plus_plus(draw_K, x_ND, valid_N, axis=None):
     """First centres [K, D] (Arthur and Vassilvitskii, 2007), from uniform draws: each is a point,
     chosen with probability in proportion to its squared distance to the nearest one so far: the
     first point at which the running sum of those exceeds the draw's part of the whole."""
-    total = (lambda v: jax.lax.psum(v, axis)) if axis else (lambda v: v)
-    gather = (lambda v: jax.lax.all_gather(v, axis, tiled=True)) if axis else (lambda v: v)
+    total, gather = over(axis)
     first = jax.lax.axis_index(axis) * len(x_ND) if axis else 0
     last = total(valid_N.sum()).astype(int) - 1
 
@@ -331,8 +334,7 @@ def lloyd(x_ND, centres_KD, iterations, valid_N, axis=None, tile=4096):
     """Centres [K, D] after so many times: assign each point to its nearest centre, move each centre
     to the mean of its points. Centres without points take the points that are farthest from theirs,
     one each, in order."""
-    total = (lambda v: jax.lax.psum(v, axis)) if axis else (lambda v: v)
-    gather = (lambda v: jax.lax.all_gather(v, axis, tiled=True)) if axis else (lambda v: v)
+    total, gather = over(axis)
     K = len(centres_KD)
 
     def reseed(distance_N, moved_KD, empty_K):
@@ -407,6 +409,27 @@ def divide(key, h_ND, k, *, examples, restarts, iterations, seed):
     begin = time.perf_counter()
     cluster_N = np.asarray(assigned(jax.device_get(fitted(key, some)), every))[:len(h_ND)]
     return cluster_N.astype(np.int32), time.perf_counter() - begin
+
+
+def clusters(path, key, base, forward, pool, batch_size, k, **how):
+    """(cluster [N] of every example of a pool by what the frozen base says of it, seconds): from
+    the file `path`, or into it."""
+    def make():
+        got, seconds = features(base, forward, pool, batch_size)
+        cluster_N, took = divide(key, probe.unit(got["h"]), k, **how)
+        return {"cluster": cluster_N, "sha256": np.array(sha256(cluster_N))}, seconds + took
+    arrays, seconds = stage.cached(path, base, pool, make, "assignment", clusters=k)
+    check_hash(arrays, path)
+    return arrays["cluster"], seconds
+
+
+def sha256(x):
+    return hashlib.sha256(x.tobytes()).hexdigest()
+
+
+def check_hash(arrays, path):
+    if sha256(arrays.get("cluster", np.zeros(0))) != str(arrays.get("sha256")):
+        raise ValueError(f"--assignment: {path} is damaged (its hash differs): delete it")
 
 
 def partition(arm, cluster_N, label_N, k, seed):
@@ -588,10 +611,11 @@ def declared_flops(arm, steps, b, model, *, K, n_all, n_fit, restarts, iteration
 
 
 def make_forward(model):
-    """Program (frozen encoder, sharded batch) -> raw features 'h' and what came along, gathered."""
+    """Program (frozen encoder, sharded batch) -> features 'h' and what came along, gathered. The
+    view that is clustered and evaluated is the whole image, a data set's own centre square."""
     def forward(net, batch):
-        h_ND, _ = resnet.resnet_apply(net["params"], net["stats"], plain(batch["image"]),
-                                      model.encoder, train=False)
+        h_ND, _ = resnet.resnet_apply(net["params"], net["stats"],
+                                      2 * augment.rgb(batch["image"]) - 1, model.encoder, False)
         return {**{k: devices.gather(v) for k, v in batch.items() if k != "image"},
                 "h": devices.gather(h_ND)}
     return devices.Program(forward, in_axes=(None, 0))
@@ -604,20 +628,33 @@ def features(net, forward, pool, batch_size):
             sum(seconds for _, seconds in parts))
 
 
-def quick_metrics(train, test, n_classes):
-    """Nearest neighbours: cheap enough to look at while training."""
-    predicted = probe.knn_predict(train["h"], train["label"], test["h"], n_classes)
-    return {"knn": float((predicted == test["label"]).mean()),
-            "knn_balanced": probe.balanced_accuracy(predicted, test["label"])}
+def evaluator(model, forward, pools, batch_size, n_classes, extra):
+    """(metrics_of, at_end) for `stage.fit`. On the way, nearest neighbours: cheap enough. At the
+    end the linear probe, the paper's own measure and so the headline, and `extra`."""
+    seen = {}
+
+    def metrics_of(state):
+        seen["last"] = [features(encoder_of(state), forward, p, batch_size)[0] for p in pools]
+        train, test = seen["last"]
+        predicted = probe.knn_predict(train["h"], train["label"], test["h"], n_classes)
+        return {"knn": float((predicted == test["label"]).mean()),
+                "knn_balanced": probe.balanced_accuracy(predicted, test["label"])}
+    return metrics_of, lambda state: {**linear_metrics(*seen["last"], n_classes), **extra}
 
 
-def final_metrics(train, test, n_classes):
-    """The linear probe: the paper's own measure, and so the headline."""
+def linear_metrics(train, test, n_classes):
     predicted, decay = probe.linear_probe(train["h"], train["label"], test["h"], n_classes)
     count_C = np.bincount(train["label"], minlength=n_classes)
     return {"linear_probe": float((predicted == test["label"]).mean()),
             "balanced_accuracy": probe.balanced_accuracy(predicted, test["label"]),
             **probe.by_frequency(predicted, test["label"], count_C), "probe_decay": decay}
+
+
+def pixels(pool, batch_size):
+    """The images themselves in the place of `features`: what no method is worth less than."""
+    parts = [(b["image"][b["valid"]], b["label"][b["valid"]]) for b in data.sweep(pool, batch_size)]
+    image, label = (np.concatenate(x) for x in zip(*parts))
+    return {"h": einops.rearrange(image, "n h w c -> n (h w c)").astype(np.float32), "label": label}
 
 
 def batches_seen(rows):
@@ -667,7 +704,7 @@ def check(config, typed=()):
             config[flag] = []
         want(len(config[flag]) == 2 and all(0 <= p <= 1 for p in config[flag]), flag,
              "two probabilities, of the first view and the second")
-    parts = [config[f"{name}_fraction"] for name in ("base", "experts", "distil")]
+    parts = [config.base_fraction, config.experts_fraction, config.distil_fraction]
     if min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
         raise ValueError(f"--base_fraction, --experts_fraction, --distil_fraction: {parts}: want "
                          "three fractions above 0 that add up to 1")
@@ -681,15 +718,6 @@ def check(config, typed=()):
         resnet.size(config.model)
     except ValueError as e:
         raise ValueError(f"--model: {e}") from None
-
-
-def read_assignment(path, made_by, flag="assignment"):
-    """(arrays, seconds) of a file of clusters, whose own hash must be right."""
-    arrays, seconds = stage.read_cache(path, made_by, flag)
-    cluster_N = arrays.get("cluster", np.zeros(0))
-    if hashlib.sha256(cluster_N.tobytes()).hexdigest() != str(arrays.get("sha256")):
-        raise ValueError(f"--{flag}: {path} is damaged (its hash differs): delete it")
-    return arrays, seconds
 
 
 def new_state(key, model, optimiser, total, given=None):
@@ -711,6 +739,40 @@ def new_student(key, model, optimiser, total, base, experts=(), from_base=False)
             "total": np.int32(total), **teachers}
 
 
+def check_data(config, source):
+    """The same as `check`, for what depends on the data and on a file that is given."""
+    side, _, channels = source.image_shape
+    K, n_classes = config.clusters, len(source.class_names)
+    if side < 8 or channels not in (1, 3):
+        raise ValueError(f"--image_size: images of {side} px in {channels} channels: want 8 px or "
+                         "more, in 1 or 3")
+    if K > len(source.ids):
+        raise ValueError(f"--clusters={K}: want at most one per example, {len(source.ids)}")
+    if K > n_classes and "dnc_oracle" in config.arms:
+        raise ValueError(f"--clusters={K}: dnc_oracle has only {n_classes} classes to group")
+    for seed in config.seeds if config.assignment else ():
+        path = config.assignment.format(seed=seed)
+        if not os.path.exists(path):
+            raise ValueError(f"--assignment={path}: no such file")
+        made_by = {**stage.origin(data.Pool(source, seed=seed)), "clusters": K}
+        check_hash(stage.read_cache(path, made_by, "assignment")[0], path)
+
+
+def make_steps(config, model, n_classes):
+    """{'moclr', and 'distil' with so many experts}: Programs (state, index, key, sharded batch)."""
+    shared = dict(model=model, optimiser=lars(config.weight_decay), warmup=config.warmup,
+                  views=augment.Views(config.crop_area, config.jitter, tuple(config.blur),
+                                      tuple(config.solarise)))
+    program = lambda step, **knobs: devices.Program(functools.partial(step, **shared, **knobs),
+                                                    (None, None, None, 0), donate_argnums=0)
+    distil = lambda: program(distil_step, n_views=config.distil_views,
+                             peak=config.distil_learning_rate * config.batch_size / 256)
+    return {"moclr": program(moclr_step, temperature=config.temperature, m0=config.m0,
+                             peak=config.learning_rate * config.batch_size / 256,
+                             same_view_negatives=config.same_view_negatives, n_classes=n_classes),
+            **{("distil", n): distil() for n in (0, config.clusters)}}
+
+
 def main():
     config, typed = run.resolve(PRESETS)
     devices.start(config.coordinator, config.num_processes, config.process_id)
@@ -719,113 +781,62 @@ def main():
         config.dataset, split, data_dir=config.data_dir, image_size=config.image_size,
         need=("label",), toy_knobs=run.toy_knobs(config))
         for split in (config.split, config.eval_split))
-    side, _, channels = source.image_shape
-    b, K, n_classes = config.batch_size, config.clusters, len(source.class_names)
-    if side < 8 or channels not in (1, 3):
-        raise ValueError(f"--image_size: images of {side} px in {channels} channels: want 8 px or "
-                         "more, in 1 or 3")
-    if K > len(source.ids):
-        raise ValueError(f"--clusters={K}: want at most one per example, {len(source.ids)}")
-    if K > n_classes and "dnc_oracle" in config.arms:
-        raise ValueError(f"--clusters={K}: dnc_oracle has only {n_classes} classes to group")
-    for seed in config.seeds:  # what was given is looked at before any work is done
-        if config.assignment:
-            path = config.assignment.format(seed=seed)
-            if not os.path.exists(path):
-                raise ValueError(f"--assignment={path}: no such file")
-            read_assignment(path, {**stage.origin(data.Pool(source, seed=seed)), "clusters": K})
+    check_data(config, source)
     run.open_workdir(config)
 
-    model = Model(resnet.ResNet(config.model, side, dtype=config.dtype), config.hidden,
-                  config.embed, config.head_hidden)
-    views = augment.Views(config.crop_area, config.jitter, tuple(config.blur),
-                          tuple(config.solarise))
+    b, K, n_classes = config.batch_size, config.clusters, len(source.class_names)
+    model = Model(resnet.ResNet(config.model, source.image_shape[0], dtype=config.dtype),
+                  config.hidden, config.embed, config.head_hidden)
     metrics_file = report.MetricsFile(os.path.join(config.workdir, "metrics.jsonl"))
     stop, test_pool, forward = run.Stop(), data.Pool(test_source), make_forward(model)
-    optimiser = lars(config.weight_decay)
-    contrast = devices.Program(functools.partial(
-        moclr_step, model=model, optimiser=optimiser, views=views, temperature=config.temperature,
-        same_view_negatives=config.same_view_negatives, peak=config.learning_rate * b / 256,
-        warmup=config.warmup, m0=config.m0, n_classes=n_classes), (None, None, None, 0), (0,))
-    distils = {n: devices.Program(functools.partial(
-        distil_step, model=model, optimiser=optimiser, views=views, n_views=config.distil_views,
-        peak=config.distil_learning_rate * b / 256, warmup=config.warmup), (None, None, None, 0),
-        (0,)) for n in (0, K)}
+    programs, optimiser = make_steps(config, model, n_classes), lars(config.weight_decay)
     fractions = config.base_fraction, config.experts_fraction, config.distil_fraction
-
-    def declared(arm, steps):
-        return declared_flops(
-            arm, steps, b, model, K=K, n_all=len(source.ids),
-            n_fit=min(config.kmeans_examples, len(source.ids)), restarts=config.restarts,
-            iterations=config.kmeans_iterations, n_views=config.distil_views)
-
+    kmeans_knobs = dict(restarts=config.restarts, iterations=config.kmeans_iterations)
+    declared = functools.partial(
+        declared_flops, b=b, model=model, K=K, n_all=len(source.ids), **kmeans_knobs,
+        n_fit=min(config.kmeans_examples, len(source.ids)), n_views=config.distil_views)
     whole = sum(declared("dnc", plan("dnc", config.steps, fractions)).values())
     steps_of = {arm: plan(arm, config.steps, fractions,
                           max(1, round(whole / step_flops("base", b, model))))
                 for arm in ("base", *config.arms)}
 
-    def train(name, seed, program, state, key, pool, role, *, steps, load, before=None,
-              evaluate=True, extra=()):
-        """One stage, and the row that it ended with: (state, row)."""
-        seen = {}
-
-        def metrics_of(state):
-            if not evaluate:
-                return {}
-            for which, p in (("train", pool), ("test", test_pool)):
-                seen[which], _ = features(encoder_of(state), forward, p, b)
-            return quick_metrics(seen["train"], seen["test"], n_classes)
-        n_experts = len(jax.tree.leaves(state["experts"])[0]) if "experts" in state else 0
-        per_step = step_flops(role, b, model, K=n_experts, n_views=config.distil_views)
-        state = stage.fit(
-            name, seed, program, state, key, load, steps=steps, batch_size=b, n_scored=b,
-            per_step={role: per_step}, one_off={}, setup_seconds=0.0, metrics_of=metrics_of,
-            at_end=lambda state: {**final_metrics(seen["train"], seen["test"], n_classes),
-                                  **dict(extra)} if evaluate else {},
-            before=before, config=config, metrics_file=metrics_file, stop=stop)
-        rows = [r for r in metrics_file.rows() if (r["arm"], r["seed"]) == (name, seed)]
-        if jax.process_index() == 0 and (not rows or rows[-1]["step"] != steps + (
-                before["step"] if before else 0)):
-            raise ValueError(f"{metrics_file.path} lacks the last row of {name}, seed {seed}: "
-                             "delete --workdir and start again")
-        return state, rows[-1] if rows else None
-
-    def loader(pool, seed, steps, cluster_N=None, expert=None):
-        """batches(start) of a stage: of one cluster, or of all with each image's cluster."""
-        how = dict(seed=seed, batch_size=b, stop=steps, host=devices.host())
+    def train(name, seed, program, state, key, pool, role, *, cluster_N=None, expert=None,
+              before=None, extra=None):
+        """One stage: (state, the row that it ended with). It trains on cluster `expert` alone, or
+        on all, with each image's cluster; experts are not evaluated."""
+        steps = int(state["total"])
+        metrics_of, at_end = evaluator(model, forward, (pool, test_pool), b, n_classes, extra or {})
+        if expert is not None:
+            metrics_of, at_end = lambda state: {}, None
 
         def load(start):
-            made = (data.batches(pool, start=start, **how) if expert is None else
-                    expert_batches(pool, cluster_N, expert, start=start, **how))
-            for batch in made:
+            how = dict(seed=seed, batch_size=b, start=start, stop=steps, host=devices.host())
+            for batch in (data.batches(pool, **how) if expert is None else
+                          expert_batches(pool, cluster_N, expert, **how)):
                 if cluster_N is not None and expert is None:
                     batch["cluster"] = cluster_N[np.searchsorted(pool.ids, batch["id"])]
-                yield devices.shard({k: batch[k] for k in ("image", "label", "cluster")
-                                     if k in batch})
-        return load
+                yield devices.shard({k: v for k, v in batch.items()
+                                     if k in ("image", "label", "cluster")})
+        n_experts = len(state["learner"]["params"].get("heads", [0])) - 1
+        state = stage.fit(
+            name, seed, programs[program], state, key, load, steps=steps, batch_size=b, n_scored=b,
+            per_step={role: step_flops(role, b, model, K=n_experts, n_views=config.distil_views)},
+            one_off={}, setup_seconds=0.0, metrics_of=metrics_of, at_end=at_end, before=before,
+            config=config, metrics_file=metrics_file, stop=stop)
+        row = next((r for r in reversed(metrics_file.rows())
+                    if (r["arm"], r["seed"]) == (name, seed)), None)
+        if jax.process_index() == 0 and row is None:
+            raise ValueError(f"{metrics_file.path} lacks {name}, seed {seed}, which is trained: "
+                             f"delete {config.workdir}")
+        return state, row
 
-    def k_means(seed, pool, base, key):
-        """Clusters [N] of the base's representations, from their file or into it, and seconds."""
-        def make():
-            got, seconds = features(base, forward, pool, b)
-            cluster_N, took = divide(key, probe.unit(got["h"]), K, seed=seed,
-                                     examples=config.kmeans_examples, restarts=config.restarts,
-                                     iterations=config.kmeans_iterations)
-            return {"cluster": cluster_N, "sha256": np.array(hashlib.sha256(
-                cluster_N.tobytes()).hexdigest())}, seconds + took
-        path = config.assignment or os.path.join(config.workdir, "assignment-{seed}.npz")
-        arrays, seconds = stage.cached(path.format(seed=seed), base, pool, make, "assignment",
-                                       clusters=K)
-        if jax.process_index() == 0:
-            read_assignment(path.format(seed=seed), {"clusters": K})
-        return arrays["cluster"], seconds
-
-    def experts_of(arm, seed, pool, cluster_N, base, row, key_init, key_steps):
+    def experts_of(arm, seed, pool, cluster_N, base, row, keys):
         """(frozen encoders, last row) of the experts of an arm, one after the other, each on all
         devices: their steps differ, and batch norm and negatives want the whole batch."""
         experts, size_K = [], np.bincount(cluster_N, minlength=K)
         for j, n in enumerate(expert_steps(size_K, steps_of[arm]["experts"])):
-            name, key = f"{arm}_expert{j}", jax.random.fold_in(key_init, 1 + j)
+            name, (key_init, key_steps) = f"{arm}_expert{j}", (
+                jax.random.fold_in(k, 1 + j) for k in keys)
             if n == 0:
                 logging.warning("%s: %d examples get no step: the base stands in", name, size_K[j])
                 experts.append(encoder_of(base))
@@ -833,58 +844,56 @@ def main():
             if size_K[j] < b:
                 logging.warning("%s: %d examples are less than a batch of %d: it is filled by "
                                 "going round", name, size_K[j], b)
-            state = new_state(key, model, optimiser, n, base if config.expert_init == "base" else
-                              None)
-            state, row = train(name, seed, contrast, state, jax.random.fold_in(key_steps, 1 + j),
-                               pool, "experts", steps=n, evaluate=False, before=row,
-                               load=loader(pool, seed, n, cluster_N, j))
+            state = new_state(key_init, model, optimiser, n,
+                              base if config.expert_init == "base" else None)
+            state, row = train(name, seed, "moclr", state, key_steps, pool, "experts",
+                               cluster_N=cluster_N, expert=j, before=row)
             experts.append(encoder_of(state))
         return experts, row
 
     shown = None
     for seed in config.seeds:
         pool = data.Pool(source, seed=seed)
-        label_N = np.concatenate([x["label"][x["valid"]] for x in data.sweep(pool, b)])
         key_init, key_steps, key_divide = jax.random.split(jax.random.key(seed), 3)
-        base = cluster_N = None
+        label_N = np.concatenate([x["label"][x["valid"]] for x in data.sweep(pool, b)])
+        path = (config.assignment or os.path.join(config.workdir, "assignment-{seed}.npz")).format(
+            seed=seed)
+        base_and_row = None
         for arm in config.arms:
-            steps, experts, extra = steps_of[arm], [], {}
-            if base is None and arm not in ("moclr", "moclr_flops"):
-                n = steps["base"]
-                base, base_row = train(
-                    "base", seed, contrast, new_state(key_init, model, optimiser, n), key_steps,
-                    pool, "base", steps=n, load=loader(pool, seed, n))
-            if arm in ("moclr", "moclr_flops"):
-                n = steps["base"]
-                train(arm, seed, contrast, new_state(key_init, model, optimiser, n), key_steps,
-                      pool, "base", steps=n, load=loader(pool, seed, n))
+            steps, experts, extra, cluster_N = steps_of[arm], [], {}, None
+            if not (base_and_row and steps["distil"]):
+                trained = train("base" if steps["distil"] else arm, seed, "moclr", new_state(
+                    key_init, model, optimiser, steps["base"]), key_steps, pool, "base")
+            if not steps["distil"]:
                 continue
-            row, mine_N = base_row, None
+            base, row = base_and_row = base_and_row or trained
+            if arm in ("dnc", "dnc_random"):
+                cluster_N, took = clusters(
+                    path, key_divide, encoder_of(base), forward, pool, b, K, seed=seed,
+                    examples=config.kmeans_examples, **kmeans_knobs)
+                row = row and {**row, "seconds": row["seconds"] + took,
+                               "examples_scored": row["examples_scored"] + len(pool),
+                               "flops": {**row["flops"],
+                                         "clustering": declared(arm, steps)["clustering"]}}
             if arm in DIVIDES:
-                if cluster_N is None:
-                    cluster_N, took = k_means(seed, pool, encoder_of(base), key_divide)
-                mine_N = partition(arm, cluster_N, label_N, K, seed)
-                extra = {"nmi": probe.nmi(mine_N, label_N)}
-                if row and arm != "dnc_oracle":
-                    row = {**row, "seconds": row["seconds"] + took,
-                           "examples_scored": row["examples_scored"] + len(pool),
-                           "flops": {**row["flops"],
-                                     "clustering": declared(arm, steps)["clustering"]}}
-                if shown is None or arm == "dnc" != shown[0]:
-                    shown = arm, pool, mine_N, extra["nmi"]
-                experts, row = experts_of(arm, seed, pool, mine_N, base, row, key_init, key_steps)
-            n = steps["distil"]
-            state = new_student(jax.random.fold_in(key_init, 0), model, optimiser, n,
+                cluster_N = partition(arm, cluster_N, label_N, K, seed)
+                extra = {"nmi": probe.nmi(cluster_N, label_N)}
+                shown = shown if shown and arm != "dnc" else (pool, cluster_N, extra["nmi"])
+                experts, row = experts_of(arm, seed, pool, cluster_N, base, row,
+                                          (key_init, key_steps))
+            state = new_student(jax.random.fold_in(key_init, 0), model, optimiser, steps["distil"],
                                 encoder_of(base), experts, config.student_init == "base")
-            train(arm, seed, distils[len(experts)], state, jax.random.fold_in(key_steps, 0), pool,
-                  "distillation", steps=n, before=row, extra=extra,
-                  load=loader(pool, seed, n, mine_N))
+            train(arm, seed, ("distil", len(experts)), state, jax.random.fold_in(key_steps, 0),
+                  pool, "distillation", cluster_N=cluster_N, before=row, extra=extra)
 
     if jax.process_index() == 0:
-        rows = metrics_file.rows()
-        report_all(config, rows, steps_of)
+        report_all(config, metrics_file.rows(), steps_of)
         if shown:
-            report.draw_clusters(*shown[1:], os.path.join(config.workdir, "clusters.png"))
+            report.draw_clusters(*shown, os.path.join(config.workdir, "clusters.png"))
+        if config.pixel_probe:
+            got = linear_metrics(*(pixels(p, b) for p in (pool, test_pool)), n_classes)
+            print("\nlinear probe on pixels:", ", ".join(f"{k} {v:.3f}" for k, v in got.items()
+                                                         if v is not None))
 
 
 def report_all(config, rows, steps_of):

@@ -1,4 +1,4 @@
-"""MoCLR, k-means, experts and distillation do what their equations say, on any number of devices."""
+"""MoCLR, k-means, experts and distillation do what their equations say, on any devices."""
 
 import itertools
 import math
@@ -221,7 +221,7 @@ def test_schedules():
 
 
 def test_lars_and_ema_are_the_hand_s():
-    params = {"layer": {"w": normal(0, 3, 2), "b": normal(1, 2)}, "zero": {"w": np.zeros(2, np.float32)},
+    params = {"layer": {"w": normal(0, 3, 2), "b": normal(1, 2)}, "zero": {"w": 0 * normal(0, 2)},
               "norm": {"scale": normal(2, 2), "bias": normal(3, 2)}}
     flat = lambda t: {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(t)}
     free = [k for k in flat(params) if "'w'" not in k]
