@@ -336,6 +336,14 @@ def test_the_best_of_all_partitions():
 
 
 @pytest.mark.parametrize("n", [2, 4])
+def test_reseeding_looks_on_all_devices(on_devices, n):
+    x, centres = normal(6, 24, 3), np.float32([[0] * 3, [99] * 3, [98] * 3, [97] * 3])
+    got = on_devices(n, lambda x: dnc.lloyd(x, jnp.array(centres), 2, jnp.ones(len(x)),
+                                            devices.AXIS), sharded(x, n), in_axes=(0,))
+    np.testing.assert_allclose(got, slow_dnc.lloyd(x, centres, 2)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [2, 4])
 def test_devices_tiles_and_filling_change_nothing(on_devices, n):
     x = np.concatenate([normal(i, 15, 4) + 4 * normal(9 + i, 4) for i in range(3)]) + 50
     key = jax.random.key(2)
@@ -414,8 +422,8 @@ def test_every_batch_of_an_expert_is_from_its_cluster():
 def frozen(seed):
     """An encoder with statistics of its own."""
     params, stats = resnet.resnet_init(jax.random.key(seed), MODEL.encoder)
-    noisy = lambda i, x: x + 0.3 * np.abs(normal(seed + i, *x.shape))
-    params, stats = (jax.tree.map(lambda x: noisy(1, x), t) for t in (params, stats))
+    params = jax.tree.map(lambda x: x + 0.3 * normal(seed, *x.shape), params)
+    stats = jax.tree.map(lambda x: x + 0.3 * np.abs(normal(seed, *x.shape)), stats)
     return {"params": params, "stats": stats}
 
 
@@ -439,12 +447,16 @@ def test_distil_loss(n_experts):
 own_expert = jax.jit(dnc.own_expert, static_argnums=3)
 
 
-@pytest.mark.parametrize("cluster", [[0] * 12, [2] * 12, list(range(3)) * 4, [2, 0] + [1] * 10])
+@pytest.mark.parametrize("cluster", [[0] * 41, [2] * 41, list(range(3)) * 13 + [1, 0],
+                                     [2, 0] + [1] * 39])
 def test_each_image_goes_through_its_own_expert(cluster):
-    nets, image, cluster = [frozen(s) for s in range(3)], normal(0, 12, 8, 8, 3), np.array(cluster)
+    """In blocks of 3 rows, which the clusters do not fill."""
+    nets, image, cluster = [frozen(s) for s in range(3)], normal(0, 41, 8, 8, 3), np.array(cluster)
+    assert dnc.block_shape(41, 3)[0] == 3
     got = own_expert(stacked(nets), image, cluster, MODEL)
     every = np.stack([dnc.represent(net, image, MODEL) for net in nets])
-    np.testing.assert_allclose(got, every[cluster, np.arange(12)], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(got, every[cluster, np.arange(41)], rtol=1e-3, atol=1e-4)
+    assert np.std(every, axis=1).mean() > 0.02  # images differ
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, rtol=1e-5)
     changed = own_expert(stacked([nets[0], frozen(9), nets[2]]), image, cluster, MODEL)
     np.testing.assert_array_equal(changed[cluster != 1], got[cluster != 1])
