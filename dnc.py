@@ -24,7 +24,6 @@ where it is made.
 
 import dataclasses
 import functools
-import hashlib
 import math
 import os
 import time
@@ -49,7 +48,7 @@ PRESETS = {
         image_size=16, model="8/16", hidden=128, embed=64, head_hidden=128, blur=["0", "0"],
         solarise=["0", "0"], jitter=0.5, crop_area=0.3, batch_size=64, steps=600, eval_every=100,
         learning_rate=4.0, distil_learning_rate=4.0, m0=0.97, clusters=4, warmup=0.05),
-    # the evidence: heavy-tailed, 32 px; give its path as --dataset. Half an hour for each arm
+    # the evidence: heavy-tailed, 32 px; give its path as --dataset. Hours on two CPU cores
     "patchwork": dict(
         dataset="patchwork", arms=list(ARMS), model="8/16", hidden=256, embed=64, head_hidden=256,
         blur=["0", "0"], solarise=["0", "0"], jitter=0.5, crop_area=0.2, temperature=0.2,
@@ -165,7 +164,7 @@ def forward_flops(model):
     return encoder, encoder + 2 * model.hidden * (D + model.embed)
 
 
-# ---------------------------------------------------------- 1. base: MoCLR (section 3.1, [R])
+# -------------------------------------------------------------------------- 1. base: MoCLR
 
 
 def info_nce(q_NE, k_AE, temperature, same_AE=None, first=0):
@@ -229,6 +228,7 @@ def lars(weight_decay, *, trust=1e-3, momentum=0.9):
 
 
 def update(learner, grads, optimiser, rate):
+    """One step of {'params', 'opt'}."""
     updates, opt = optimiser.update(grads, learner["opt"], learner["params"], rate=rate)
     return {"params": optax.apply_updates(learner["params"], updates), "opt": opt}
 
@@ -279,9 +279,8 @@ def kmeans(key, x_ND, k, *, restarts=10, iterations=20, valid_N=None, axis=None,
     """(centres [K, D], inertia): the best of several runs of k-means++ and Lloyd.
 
     Never N x K x D: distances come a `tile` of rows at a time. Inside `pmap` with `axis` named, x
-    is a device's share, and all devices get the same answer as one device would from the whole.
-
-    Args: valid_N: 0 for rows that only fill up (at the end of the whole), else 1.
+    is a device's share, and all devices get the answer of one device that has the whole. valid_N:
+    0 for rows that only fill up, at the end of the whole; else 1.
     """
     valid_N = jnp.ones(len(x_ND)) if valid_N is None else valid_N.astype(jnp.float32)
     total, _ = over(axis)
@@ -420,18 +419,14 @@ def clusters(path, key, base, forward, pool, batch_size, k, **how):
     def make():
         got, seconds = features(base, forward, pool, batch_size)
         cluster_N, took = divide(key, probe.unit(got["h"]), k, **how)
-        return {"cluster": cluster_N, "sha256": np.array(sha256(cluster_N))}, seconds + took
+        return {"cluster": cluster_N, "sha256": np.array(stage.digest(cluster_N))}, seconds + took
     arrays, seconds = stage.cached(path, base, pool, make, "assignment", clusters=k)
     check_hash(arrays, path)
     return arrays["cluster"], seconds
 
 
-def sha256(x):
-    return hashlib.sha256(x.tobytes()).hexdigest()
-
-
 def check_hash(arrays, path):
-    if sha256(arrays.get("cluster", np.zeros(0))) != str(arrays.get("sha256")):
+    if stage.digest(arrays.get("cluster", ())) != str(arrays.get("sha256")):
         raise ValueError(f"--assignment: {path} is damaged (its hash differs): delete it")
 
 
@@ -521,7 +516,8 @@ def own_expert(experts, image_NHWC, cluster_N, model):
         expert, rows = expert_and_rows
         return represent(jax.tree.map(lambda x: x[expert], experts), image_NHWC[rows], model)
 
-    h_SD = jax.lax.map(block, (expert_B, row_S.reshape(n_blocks, size))).reshape(len(row_S), -1)
+    h_SD = einops.rearrange(jax.lax.map(block, (expert_B, row_S.reshape(n_blocks, size))),
+                            "b s d -> (b s) d")
     return h_SD[jnp.zeros(N, int).at[order_N].set(slot_N)]
 
 
@@ -638,19 +634,8 @@ def evaluator(model, forward, pools, batch_size, n_classes, extra):
 
     def metrics_of(state):
         seen["last"] = [features(encoder_of(state), forward, p, batch_size)[0] for p in pools]
-        train, test = seen["last"]
-        predicted = probe.knn_predict(train["h"], train["label"], test["h"], n_classes)
-        return {"knn": float((predicted == test["label"]).mean()),
-                "knn_balanced": probe.balanced_accuracy(predicted, test["label"])}
-    return metrics_of, lambda state: {**linear_metrics(*seen["last"], n_classes), **extra}
-
-
-def linear_metrics(train, test, n_classes):
-    predicted, decay = probe.linear_probe(train["h"], train["label"], test["h"], n_classes)
-    count_C = np.bincount(train["label"], minlength=n_classes)
-    return {"linear_probe": float((predicted == test["label"]).mean()),
-            "balanced_accuracy": probe.balanced_accuracy(predicted, test["label"]),
-            **probe.by_frequency(predicted, test["label"], count_C), "probe_decay": decay}
+        return probe.knn_metrics(*seen["last"], n_classes)
+    return metrics_of, lambda state: {**probe.linear_metrics(*seen["last"], n_classes), **extra}
 
 
 def pixels(pool, batch_size):
@@ -768,12 +753,13 @@ def make_steps(config, model, n_classes):
                                       tuple(config.solarise)))
     program = lambda step, **knobs: devices.Program(functools.partial(step, **shared, **knobs),
                                                     (None, None, None, 0), donate_argnums=0)
-    distil = lambda: program(distil_step, n_views=config.distil_views,
-                             peak=config.distil_learning_rate * config.batch_size / 256)
+    scale = config.batch_size / 256
     return {"moclr": program(moclr_step, temperature=config.temperature, m0=config.m0,
-                             peak=config.learning_rate * config.batch_size / 256,
-                             same_view_negatives=config.same_view_negatives, n_classes=n_classes),
-            **{("distil", n): distil() for n in (0, config.clusters)}}
+                             peak=config.learning_rate * scale, n_classes=n_classes,
+                             same_view_negatives=config.same_view_negatives),
+            **{("distil", n): program(distil_step, n_views=config.distil_views,
+                                      peak=config.distil_learning_rate * scale)
+               for n in (0, config.clusters)}}
 
 
 def main():
@@ -826,7 +812,7 @@ def main():
             per_step={role: step_flops(role, b, model, K=n_experts, n_views=config.distil_views)},
             one_off={}, setup_seconds=0.0, metrics_of=metrics_of, at_end=at_end, before=before,
             config=config, metrics_file=metrics_file, stop=stop)
-        row = next((r for r in reversed(metrics_file.rows())
+        row = next((r for r in metrics_file.rows()[::-1]
                     if (r["arm"], r["seed"]) == (name, seed)), None)
         if jax.process_index() == 0 and row is None:
             raise ValueError(f"{metrics_file.path} lacks {name}, seed {seed}, which is trained: "
@@ -894,7 +880,7 @@ def main():
         if shown:
             report.draw_clusters(*shown, os.path.join(config.workdir, "clusters.png"))
         if config.pixel_probe:
-            got = linear_metrics(*(pixels(p, b) for p in (pool, test_pool)), n_classes)
+            got = probe.linear_metrics(*(pixels(p, b) for p in (pool, test_pool)), n_classes)
             print("\nlinear probe on pixels:", ", ".join(f"{k} {v:.3f}" for k, v in got.items()
                                                          if v is not None))
 

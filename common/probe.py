@@ -114,3 +114,19 @@ def nmi(a_N, b_N):
     entropy = lambda p: -np.sum(p[p > 0] * np.log(p[p > 0]))
     h_a, h_b = entropy(joint.sum(1)), entropy(joint.sum(0))
     return float(2 * (h_a + h_b - entropy(joint)) / (h_a + h_b)) if h_a + h_b > 0 else 1.0
+
+
+def knn_metrics(train, test, n_classes):
+    """Nearest neighbours, of {'h': features, 'label'} of a training and a test pool."""
+    predicted_M = knn_predict(train["h"], train["label"], test["h"], n_classes)
+    return {"knn": float((predicted_M == test["label"]).mean()),
+            "knn_balanced": balanced_accuracy(predicted_M, test["label"])}
+
+
+def linear_metrics(train, test, n_classes):
+    """The linear probe on the same, and the decay that it chose."""
+    predicted_M, decay = linear_probe(train["h"], train["label"], test["h"], n_classes)
+    count_C = np.bincount(train["label"], minlength=n_classes)
+    return {"linear_probe": float((predicted_M == test["label"]).mean()),
+            "balanced_accuracy": balanced_accuracy(predicted_M, test["label"]),
+            **by_frequency(predicted_M, test["label"], count_C), "probe_decay": decay}

@@ -173,7 +173,7 @@ def test_a_prepared_set_and_small_clusters(command, prepared, tmp_path):
     """48 images in 8 clusters: less than a batch in each, and no step for some."""
     workdir = tmp_path / "run"
     flags = [f for f in TINY if "toy" not in f and "image" not in f and "clusters" not in f]
-    done = command.good(*flags, f"--dataset={prepared['labelled']}", "--image_size=16",
+    done = command.good(*flags, f"--dataset={prepared['labelled']}", "--image_size=8",
                         "--clusters=8", "--kmeans_examples=20", "--arms=dnc",
                         "--nosame_view_negatives", f"--workdir={workdir}")
     assert "less than a batch of 8" in done.stderr and "get no step" in done.stderr
