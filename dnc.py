@@ -890,7 +890,7 @@ def report_all(config, rows, steps_of):
     where an arm's curve begins with its base's; the tables."""
     rows = [{k: v for k, v in r.items() if k != "setup_seconds"} for r in rows]  # there is none
     shared = dict(script="dnc", arms=config.arms,
-                  dataset=os.path.basename(config.dataset.rstrip("/")))
+                  dataset=run.dataset_name(config.dataset))
     summary = report.summarise(rows, metric="linear_probe", **shared)
     report.write_json(os.path.join(config.workdir, "summary.json"), summary)
     curve = [{**r, "arm": arm} for arm in config.arms for r in rows
