@@ -44,10 +44,11 @@ SCORES = {"learnability": {"learner": 1, "reference": -1}, "easy_reference": {"r
 PRESETS = {
     # minutes on two CPU cores
     "toy": dict(
-        caption_noise=0.8, toy_examples=12_000, model="48/2/192/3", patch=8, low_patch=16,
-        context=64, filter_ratio=0.8, n_chunks=8, curated_fraction=0.25, reference_noise=0.0,
-        steps=400, active_steps=200, reference_steps=400, batch_size=64, eval_every=50,
-        learning_rate=2e-3, reference_learning_rate=2e-3),
+        arms=["uniform", "jest", "flexi_jest"], caption_noise=0.8, toy_examples=16_000,
+        model="48/2/192/3", patch=8, low_patch=16, context=48, filter_ratio=0.8, n_chunks=8,
+        curated_fraction=0.25, reference_noise=0.0, steps=400, active_steps=200,
+        reference_steps=600, batch_size=64, eval_every=50, learning_rate=1e-3,
+        reference_learning_rate=2e-3),
     # the README's table
     "emoji": dict(
         dataset="emoji", caption_noise=0.8, image_size=32, patch=4, low_patch=8, context=40,

@@ -56,7 +56,7 @@ PRESETS = {
         dataset="emoji", task="image_text", contrastive_loss="softmax", caption_noise=0.5,
         image_size=32, patch=8, context=24, learner="64/2/256/4", proxy="mu", ratio=4.0,
         temperature=0.1, reference="held_out", held_out_fraction=0.33, reference_noise=0.0,
-        steps=600, active_steps=300, reference_steps=800, eval_every=50, learning_rate=2e-3,
+        steps=800, active_steps=400, reference_steps=800, eval_every=50, learning_rate=1e-3,
         proxy_learning_rate=4e-3, reference_learning_rate=4e-3),
     # the paper's sizes, on generated images: give --dataset for real ones
     "classact_L": dict(

@@ -15,7 +15,7 @@ from processes import (ROOT, Command, assert_refused, gut, has_row, rows, traine
 TINY = ("--toy_examples=600", "--steps=9", "--active_steps=0", "--reference_steps=6",
         "--batch_size=8", "--eval_every=3", "--model=16/1/32/1", "--patch=8", "--low_patch=16",
         "--context=24", "--embed=8", "--n_chunks=3", "--filter_ratio=0.5", "--curated_fraction=0.2",
-        "--learning_rate=1e-3")
+        "--learning_rate=1e-3", "--arms=uniform,independent,jest,flexi_jest")
 ARMS = ("uniform", "independent", "jest", "flexi_jest")
 
 
