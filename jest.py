@@ -14,8 +14,8 @@ Flexi-JEST scores at a coarser patch, and trains half of T at it (`at_patch`, `e
 Dimension letters: B super-batch, N a device's share of it, S sub-batch (b), C chunk, A all rows of
 a batch on all devices, E embedding, P patch side, D width, H W image.
 
-A minute on a CPU:      python jest.py --steps=200 --active_steps=100
-README's table:         python jest.py --preset=emoji --dataset=path/to/emoji --seeds=0,1,2
+Two minutes on a CPU:   python jest.py
+README's table:         python jest.py --preset=emoji --dataset=path/to/emoji/1.0.0 --seeds=0,1,2
 Setting of the paper:   python jest.py --preset=siglip_B  (generated images; give --dataset)
 
 Where the paper is silent there is a flag (first chunk, temperature, what an independent score is);
@@ -51,10 +51,11 @@ PRESETS = {
         reference_learning_rate=2e-3),
     # the README's table
     "emoji": dict(
-        dataset="emoji", caption_noise=0.8, image_size=32, patch=4, low_patch=8, context=40,
+        dataset="emoji", caption_noise=0.8, image_size=32, patch=8, low_patch=16, context=32,
         model="64/2/256/4", filter_ratio=0.8, n_chunks=16, curated_fraction=0.2,
-        reference_noise=0.0, steps=2000, reference_steps=1000, batch_size=128, eval_every=50,
-        learning_rate=2e-3, reference_learning_rate=2e-3),
+        reference_noise=0.0, steps=1200, active_steps=300, reference_steps=800, batch_size=128,
+        eval_every=30, learning_rate=5e-4, active_learning_rate=1e-3,
+        reference_learning_rate=1e-3),
     # the paper's size, on generated images: give --dataset for real ones
     "siglip_B": dict(
         image_size=256, toy_examples=4096, model="B", patch=16, low_patch=32, context=64, embed=768,
