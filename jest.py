@@ -19,7 +19,7 @@ README's table:         python jest.py --preset=emoji --dataset=path/to/emoji/1.
 Setting of the paper:   python jest.py --preset=siglip_B  (generated images; give --dataset)
 
 Where the paper is silent there is a flag (first chunk, temperature, what an independent score is);
-where we differ: README, "Where we differ from the papers".
+where we differ: README, "jest.py, beside the paper".
 """
 
 import dataclasses
