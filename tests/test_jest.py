@@ -69,10 +69,11 @@ def test_losses_and_their_gradients_are_the_whole_batch_s(on_devices, loss, n):
     np.testing.assert_allclose(grad, finite, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("B,tile", [(9, 4), (130, 50)])  # 130: three groups of 64 at most, padded
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
-def test_loss_of_each_pair_in_its_batch(loss):
-    s, _ = two_sides(1, 9)
-    got = jest.losses_in_batch(s, loss, tile=4)
+def test_loss_of_each_pair_in_its_batch(loss, B, tile):
+    s, _ = two_sides(1, B)
+    got = jest.losses_in_batch(s, loss, tile=tile)
     z_im, z_txt, t, b = slow(s)
     if loss == "sigmoid":
         np.testing.assert_allclose(got, slow_jest.pair_losses(z_im, z_txt, t, b).sum(1), rtol=1e-5)
