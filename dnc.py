@@ -107,6 +107,8 @@ def define_flags():
                    "warm-up, cosine to 0 in each stage")
     f.DEFINE_float("distil_learning_rate", 0.2, "the same of the distillation")
     f.DEFINE_float("weight_decay", 1.5e-6, "inside LARS, on kernels")
+    f.DEFINE_integer("class_cap", 0, "at most so many examples of a class in the pool: the balanced "
+                     "twin of a heavy-tailed set; 0: all")
     f.DEFINE_bool("pixel_probe", False, "also report the linear probe on the raw pixels")
     f.DEFINE_float("warmup", 0.01, "fraction of a stage's steps")
 
@@ -678,6 +680,7 @@ def check(config, typed=()):
          f"at least one for each of {config.clusters} clusters")
     want(config.distil_views in (1, 2), "distil_views", "1 or 2")
     want(config.temperature > 0, "temperature", "more than 0")
+    want(config.class_cap >= 0, "class_cap", "at least 0")
     for flag in ("learning_rate", "distil_learning_rate", "crop_area"):
         want(config[flag] > 0, flag, "more than 0")
     for flag in ("m0", "crop_area"):
@@ -701,11 +704,25 @@ def check(config, typed=()):
     for flag in ("label_noise", "caption_noise"):
         if flag in typed:
             raise ValueError(f"--{flag} is not read here: nothing is trained on labels or captions")
+    for seed in config.seeds if config.assignment else ():
+        if not os.path.exists(path := config.assignment.format(seed=seed)):
+            raise ValueError(f"--assignment={path}: no such file")
     devices.divides(batch_size=config.batch_size)
     try:
         resnet.size(config.model)
     except ValueError as e:
         raise ValueError(f"--model: {e}") from None
+
+
+def training_pool(source, label_N, seed, class_cap=0):
+    """(pool, label [N] of its examples): the whole source, or at most `class_cap` of a class."""
+    pool = data.Pool(source, seed=seed)
+    if not class_cap:
+        return pool, label_N
+    order_N = np.random.default_rng((seed, 6)).permutation(len(pool))
+    kept = np.sort(np.concatenate([order_N[label_N[order_N] == c][:class_cap]
+                                   for c in np.unique(label_N)]))
+    return pool.subset(pool.ids[kept]), label_N[kept]
 
 
 def new_state(key, model, optimiser, total, given=None):
@@ -727,23 +744,26 @@ def new_student(key, model, optimiser, total, base, experts=(), from_base=False)
             "total": np.int32(total), **teachers}
 
 
-def check_data(config, source):
-    """The same as `check`, for what depends on the data and on a file that is given."""
+def check_data(config, source, label_N):
+    """The same as `check`, for what depends on the data and on a file that is given. Returns the
+    number of examples in a pool, the same for each seed."""
     side, _, channels = source.image_shape
     K, n_classes = config.clusters, len(source.class_names)
     if side < 8 or channels not in (1, 3):
         raise ValueError(f"--image_size: images of {side} px in {channels} channels: want 8 px or "
                          "more, in 1 or 3")
-    if K > len(source.ids):
-        raise ValueError(f"--clusters={K}: want at most one per example, {len(source.ids)}")
+    pools = {seed: training_pool(source, label_N, seed, config.class_cap)[0]
+             for seed in config.seeds}
+    N = len(pools[config.seeds[0]])
+    if K > N:
+        raise ValueError(f"--clusters={K}: want at most one per example, {N}")
     if K > n_classes and "dnc_oracle" in config.arms:
         raise ValueError(f"--clusters={K}: dnc_oracle has only {n_classes} classes to group")
     for seed in config.seeds if config.assignment else ():
         path = config.assignment.format(seed=seed)
-        if not os.path.exists(path):
-            raise ValueError(f"--assignment={path}: no such file")
-        made_by = {**stage.origin(data.Pool(source, seed=seed)), "clusters": K}
+        made_by = {**stage.origin(pools[seed]), "clusters": K}
         check_hash(stage.read_cache(path, made_by, "assignment")[0], path)
+    return N
 
 
 def make_steps(config, model, n_classes):
@@ -770,7 +790,9 @@ def main():
         config.dataset, split, data_dir=config.data_dir, image_size=config.image_size,
         need=("label",), toy_knobs=run.toy_knobs(config))
         for split in (config.split, config.eval_split))
-    check_data(config, source)
+    labels = np.concatenate([x["label"][x["valid"]] for x in
+                             data.sweep(data.Pool(source), config.batch_size)])
+    N = check_data(config, source, labels)
     run.open_workdir(config)
 
     b, K, n_classes = config.batch_size, config.clusters, len(source.class_names)
@@ -782,8 +804,8 @@ def main():
     fractions = config.base_fraction, config.experts_fraction, config.distil_fraction
     kmeans_knobs = dict(restarts=config.restarts, iterations=config.kmeans_iterations)
     declared = functools.partial(
-        declared_flops, b=b, model=model, K=K, n_all=len(source.ids), **kmeans_knobs,
-        n_fit=min(config.kmeans_examples, len(source.ids)), n_views=config.distil_views)
+        declared_flops, b=b, model=model, K=K, n_all=N, **kmeans_knobs,
+        n_fit=min(config.kmeans_examples, N), n_views=config.distil_views)
     whole = sum(declared("dnc", plan("dnc", config.steps, fractions)).values())
     steps_of = {arm: plan(arm, config.steps, fractions,
                           max(1, round(whole / step_flops("base", b, model))))
@@ -842,9 +864,8 @@ def main():
 
     shown = None
     for seed in config.seeds:
-        pool = data.Pool(source, seed=seed)
+        pool, label_N = training_pool(source, labels, seed, config.class_cap)
         key_init, key_steps, key_divide = jax.random.split(jax.random.key(seed), 3)
-        label_N = np.concatenate([x["label"][x["valid"]] for x in data.sweep(pool, b)])
         path = (config.assignment or os.path.join(config.workdir, "assignment-{seed}.npz")).format(
             seed=seed)
         base_and_row = None

@@ -379,6 +379,19 @@ def test_divide_fits_on_some_and_assigns_all():
     assert cluster_N.dtype == np.int32 and len(cluster_N) == 90
 
 
+@pytest.mark.parametrize("cap", [0, 1, 5, 1000])
+def test_the_balanced_twin(cap):
+    source = data.open_source("toy", "train", image_size=8, need=("label",),
+                              toy_knobs=dict(n=300, tail=1.5, seed=0))
+    label = source.read(source.ids)["label"]
+    pool, got = dnc.training_pool(source, label, 0, cap)
+    assert np.array_equal(got, pool.read(pool.ids)["label"])
+    whole, kept = np.bincount(label, minlength=30), np.bincount(got, minlength=30)
+    assert np.array_equal(kept, np.minimum(whole, cap) if cap else whole)
+    other, _ = dnc.training_pool(source, label, 1, cap)
+    assert np.array_equal(pool.ids, other.ids) == (cap in (0, 1000))
+
+
 def test_partitions():
     cluster_N = np.random.default_rng(0).integers(0, 4, 60).astype(np.int32)
     label_N = np.random.default_rng(1).choice(9, 60, p=np.arange(9) / 36)
