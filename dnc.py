@@ -664,10 +664,7 @@ def batches_seen(rows):
 
 def check(config, typed=()):
     """Raises ValueError, naming the flag, for what cannot work whatever the data."""
-    def want(ok, flag, what):
-        if not ok:
-            raise ValueError(f"--{flag}={config[flag]}: want {what}")
-
+    want = functools.partial(run.want, config)
     for arm in config.arms:
         if arm not in ARMS:
             raise ValueError(f"--arms: {arm!r} is none of {', '.join(ARMS)}")

@@ -261,7 +261,7 @@ def jointly_sample(key, learner, reference, n_select, n_chunks=16, *, kind="lear
       kind: of SCORES. loss: 'sigmoid', or 'softmax' with its own conditional score, see `given`.
       first: the first chunk is drawn by 'self'-scores, or 'uniform'ly. temperature: of the logits.
     """
-    gather = (lambda x: jax.lax.all_gather(x, axis, tiled=True)) if axis else jnp.asarray
+    gather = rows_of_all(axis)
     sides = {name: {"learner": learner, "reference": reference}[name] for name in SCORES[kind]}
     everyone = {name: {k: gather(side[k]) for k in ("image", "text")}
                 for name, side in sides.items()}
@@ -347,9 +347,14 @@ def given(own_N, sums, loss):
     return own_N + jnp.where(jnp.isneginf(sums[0]), 0.0, 0.5 * (sums[0] + sums[1]))
 
 
+def rows_of_all(axis):
+    """x [N, ...] -> the rows of all devices, or what there is where no axis is named."""
+    return (lambda x: jax.lax.all_gather(x, axis, tiled=True)) if axis else jnp.asarray
+
+
 def losses_in_batch(side, loss, axis=None, tile=2048):
     """Loss of each pair in its whole batch, [N]: row i of eq 2, or its part of eq 1 (both ways)."""
-    gather = (lambda x: jax.lax.all_gather(x, axis, tiled=True)) if axis else jnp.asarray
+    gather = rows_of_all(axis)
     everyone = {k: gather(side[k]) for k in ("image", "text")}
     own_N, zero_N = own_loss(side, loss), sum_of_none(side["image"][:, 0], loss)
     sums = add_chunk((zero_N, zero_N), side, everyone, np.ones(len(everyone["image"]), bool),
@@ -368,7 +373,7 @@ def independently_sample(key, learner, reference, n_select, *, kind="learnabilit
     if score == "self":
         return jointly_sample(key, learner, reference, n_select, 1, kind=kind, loss=loss,
                               temperature=temperature, axis=axis)
-    gather = (lambda x: jax.lax.all_gather(x, axis, tiled=True)) if axis else jnp.asarray
+    gather = rows_of_all(axis)
     sides = {"learner": learner, "reference": reference}
     score_B = gather(sum(sign * losses_in_batch(sides[name], loss, axis)
                          for name, sign in SCORES[kind].items()))
@@ -639,10 +644,7 @@ def super_batch_size(config):
 
 def check(config, typed=()):
     """Raises ValueError, naming the flag, for what cannot work whatever the data."""
-    def want(ok, flag, what):
-        if not ok:
-            raise ValueError(f"--{flag}={config[flag]}: want {what}")
-
+    want = functools.partial(run.want, config)
     methods = [split_arm(arm)[0] for arm in config.arms]
     want(config.arms and len(set(config.arms)) == len(config.arms), "arms", "each arm once")
     for flag in ("steps", "batch_size", "patch", "low_patch", "embed", "n_chunks"):

@@ -435,10 +435,7 @@ def choose(arm, seed, pool, state, losses, config, learner, proxy, optimisers, n
 def check(config, typed=()):
     """Raises ValueError, naming the flag, for what cannot work whatever the data. `typed`: the
     flags that were given."""
-    def want(ok, flag, what):
-        if not ok:
-            raise ValueError(f"--{flag}={config[flag]}: want {what}")
-
+    want = functools.partial(run.want, config)
     for arm in config.arms:
         if arm not in ARMS:
             raise ValueError(f"--arms: {arm!r} is none of {', '.join(ARMS)}")

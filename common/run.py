@@ -120,12 +120,16 @@ def resolve(presets):
                          "numbers from 0 up")
     config.seeds = seeds
     for name in ("label_noise", "caption_noise"):
-        if not 0 <= config[name] <= 1:
-            raise ValueError(f"--{name}={config[name]}: want a fraction from 0 to 1")
+        want(config, 0 <= config[name] <= 1, name, "a fraction from 0 to 1")
     for name, least in (("eval_every", 1), ("checkpoint_every", 0), ("image_size", 0)):
-        if config[name] < least:
-            raise ValueError(f"--{name}={config[name]}: want at least {least}")
+        want(config, config[name] >= least, name, f"at least {least}")
     return config, typed
+
+
+def want(config, ok, flag, what):
+    """Raises ValueError that names the flag, its value and what it should be, where not `ok`."""
+    if not ok:
+        raise ValueError(f"--{flag}={config[flag]}: want {what}")
 
 
 class Namespace(dict):
