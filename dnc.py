@@ -157,6 +157,14 @@ def unit(z):
     return z * jax.lax.rsqrt(jnp.sum(jnp.square(z), -1, keepdims=True) + 1e-12)
 
 
+def over(axis):
+    """(sum over the devices, rows of all devices), or nothing to do where no axis is named."""
+    if axis is None:
+        return (lambda v: v), (lambda v: v)
+    return (functools.partial(jax.lax.psum, axis_name=axis),
+            functools.partial(jax.lax.all_gather, axis_name=axis, tiled=True))
+
+
 def encoder_of(state):
     """What is kept of a stage: {'params', 'stats'} of the online encoder."""
     return {"params": state["learner"]["params"]["encoder"], "stats": state["stats"]["encoder"]}
@@ -187,13 +195,15 @@ def info_nce(q_NE, k_AE, temperature, same_AE=None, first=0):
     return jnp.logaddexp(positive_N, hardness_N).mean() - positive_N.mean(), hardness_N.mean()
 
 
-def moclr_loss(q1_NE, q2_NE, k1_NE, k2_NE, temperature, same_view_negatives=True):
-    """(loss, hardness), this device's part: InfoNCE of each view's online projection q against the
-    other view's targets k of all devices, both ways, halved. No gradient reaches k. Averaged over
-    the devices its gradient is that of the whole batch's loss."""
-    first = jax.lax.axis_index(AXIS) * len(q1_NE)  # where this device's rows stand
+def moclr_loss(q1_NE, q2_NE, k1_NE, k2_NE, temperature, same_view_negatives=True, axis=None):
+    """(loss, hardness): InfoNCE of each view's online projection q against the other view's targets
+    k, both ways, halved. No gradient reaches k. Inside `pmap` with `axis` named, the k are those of
+    all devices, and this is a device's part: averaged over the devices, its gradient is that of the
+    whole batch's loss."""
+    gather = over(axis)[1]
+    first = jax.lax.axis_index(axis) * len(q1_NE) if axis else 0  # where this device's rows stand
     q1_NE, q2_NE = unit(q1_NE), unit(q2_NE)
-    k1_AE, k2_AE = (devices.gather(jax.lax.stop_gradient(unit(k))) for k in (k1_NE, k2_NE))
+    k1_AE, k2_AE = (gather(jax.lax.stop_gradient(unit(k))) for k in (k1_NE, k2_NE))
     same = (k1_AE, k2_AE) if same_view_negatives else (None, None)
     ways = (info_nce(q1_NE, k2_AE, temperature, same[0], first),
             info_nce(q2_NE, k1_AE, temperature, same[1], first))
@@ -255,7 +265,8 @@ def moclr_step(state, index, key, batch_N, *, model, optimiser, views, temperatu
     def loss_of(params):
         q1_NE, stats = project(params, state["stats"], view1, model)
         q2_NE, stats = project(params, stats, view2, model)
-        loss, hardness = moclr_loss(q1_NE, q2_NE, k1_NE, k2_NE, temperature, same_view_negatives)
+        loss, hardness = moclr_loss(q1_NE, q2_NE, k1_NE, k2_NE, temperature, same_view_negatives,
+                                    AXIS)
         return loss, (hardness, stats)
 
     (loss, (hardness, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(
@@ -300,14 +311,6 @@ def kmeans(key, x_ND, k, *, restarts=10, iterations=20, valid_N=None, axis=None,
     centres_RKD, inertia_R = jax.lax.map(once, jax.random.split(key, restarts))
     best = jnp.argmin(inertia_R)
     return centres_RKD[best] + mean_D, inertia_R[best]
-
-
-def over(axis):
-    """(sum over the devices, rows of all devices), or nothing to do where no axis is named."""
-    if axis is None:
-        return (lambda v: v), (lambda v: v)
-    return (functools.partial(jax.lax.psum, axis_name=axis),
-            functools.partial(jax.lax.all_gather, axis_name=axis, tiled=True))
 
 
 def kmeans_plus_plus(draw_K, x_ND, valid_N, axis=None):

@@ -170,15 +170,22 @@ def forward_flops(model):
 # --------------------------------------------------------------------- losses (eqs 1 and 2)
 
 
-def contrastive_loss(side_S, loss):
-    """This device's part of the loss of the whole sub-batch: the mean over its rows, with the
-    negatives of all devices. Its gradient, averaged over the devices, is that of the whole."""
-    first = jax.lax.axis_index(AXIS) * len(side_S["image"])  # where this device's rows stand
-    image_AE, text_AE = devices.gather(side_S["image"]), devices.gather(side_S["text"])
+def contrastive_loss(side_S, loss, axis=None):
+    """The loss of a sub-batch, a side. Inside `pmap` with `axis` named, this device's part of it:
+    the mean over its rows, with the negatives of all devices. Its gradient, averaged over the
+    devices, is that of the whole."""
+    gather = rows_of_all(axis)
+    first = jax.lax.axis_index(axis) * len(side_S["image"]) if axis else 0  # of this device's rows
+    image_AE, text_AE = gather(side_S["image"]), gather(side_S["text"])
     if loss == "sigmoid":
         return sigmoid_loss(side_S["image"], text_AE, side_S["log_t"], side_S["b"], first)
     return 0.5 * (softmax_loss(side_S["image"], text_AE, side_S["log_t"], first)
                   + softmax_loss(side_S["text"], image_AE, side_S["log_t"], first))
+
+
+def rows_of_all(axis):
+    """x [N, ...] -> the rows of all devices, or what there is where no axis is named."""
+    return (lambda x: jax.lax.all_gather(x, axis, tiled=True)) if axis else jnp.asarray
 
 
 def softmax_loss(x_SE, y_AE, log_t, first=0):
@@ -347,11 +354,6 @@ def given(own_N, sums, loss):
     return own_N + jnp.where(jnp.isneginf(sums[0]), 0.0, 0.5 * (sums[0] + sums[1]))
 
 
-def rows_of_all(axis):
-    """x [N, ...] -> the rows of all devices, or what there is where no axis is named."""
-    return (lambda x: jax.lax.all_gather(x, axis, tiled=True)) if axis else jnp.asarray
-
-
 def losses_in_batch(side, loss, axis=None, tile=2048):
     """Loss of each pair in its whole batch, [N]: row i of eq 2, or its part of eq 1 (both ways)."""
     gather = rows_of_all(axis)
@@ -452,7 +454,7 @@ def update(state, batch, model, optimiser, low_patch=0):
     def loss_of(params):
         side = (embed_flexi(params, batch, model, low_patch) if low_patch else
                 embed(params, batch, model))
-        return contrastive_loss(side, model.loss)
+        return contrastive_loss(side, model.loss, AXIS)
 
     loss, grads = devices.mean(jax.value_and_grad(loss_of)(state["params"]))
     updates, opt = optimiser.update(grads, state["opt"], state["params"])

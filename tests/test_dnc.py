@@ -189,7 +189,7 @@ def test_loss_and_gradients_are_the_whole_batch_s(on_devices, same_view, n):
     def step(shift, rows):
         def local(shift):
             return dnc.moclr_loss(rows["q1"] + shift[0], rows["q2"], rows["k1"] + shift[1],
-                                  rows["k2"], 0.3, same_view)[0]
+                                  rows["k2"], 0.3, same_view, devices.AXIS)[0]
         return devices.mean(jax.value_and_grad(local)(shift))
     got, grad = on_devices(n, step, np.zeros((2, 6), np.float32), sharded(rows, n),
                            in_axes=(None, 0))

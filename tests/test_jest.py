@@ -54,7 +54,8 @@ def test_losses_and_their_gradients_are_the_whole_batch_s(on_devices, loss, n):
     def step(shift, rows):
         def local(shift):
             return jest.contrastive_loss({**rows, "image": rows["image"] + shift,
-                                          "log_t": s["log_t"], "b": s["b"]}, loss)
+                                          "log_t": s["log_t"], "b": s["b"]}, loss,
+                                         devices.AXIS)
         return devices.mean(jax.value_and_grad(local)(shift))
     rows = sharded({k: s[k] for k in ("image", "text")}, n)
     got, grad = on_devices(n, step, np.zeros(6, np.float32), rows, in_axes=(None, 0))
