@@ -774,7 +774,7 @@ def make_steps(config, model, n_classes):
                   views=augment.Views(config.crop_area, config.jitter, tuple(config.blur),
                                       tuple(config.solarise)))
     program = lambda step, **knobs: devices.Program(functools.partial(step, **shared, **knobs),
-                                                    (None, None, None, 0), donate_argnums=0)
+                                                    (None, None, None, 0), donate=True)
     scale = config.batch_size / 256
     return {"moclr": program(moclr_step, temperature=config.temperature, m0=config.m0,
                              peak=config.learning_rate * scale, n_classes=n_classes,

@@ -770,7 +770,7 @@ def main():
     optimisers = {"reference": rule(config.reference_learning_rate, steps["reference"])}
     programs = {"reference": devices.Program(functools.partial(
         jest_step, method="uniform", kind="learnability", optimiser=optimisers["reference"],
-        **{**common, "model": reference_model}), (None, None, None, 0), donate_argnums=0)}
+        **{**common, "model": reference_model}), (None, None, None, 0), donate=True)}
     looks = {}
     for arm in config.arms:
         method, kind = split_arm(arm)
@@ -781,7 +781,7 @@ def main():
         programs[arm] = devices.Program(functools.partial(
             jest_step, method=method, kind=kind, optimiser=optimisers[arm],
             low_patch=low_patch[arm], cotrain=config.cotrain, **common),
-            (None, None, None, 0), donate_argnums=0)
+            (None, None, None, 0), donate=True)
         looks[arm] = devices.Program(functools.partial(
             diagnose, kind=kind, low_patch=low_patch[arm], **common), (None, None, 0))
 

@@ -528,7 +528,7 @@ def make_step(arm, config, learner, proxy, steps, learning_rate, smoothing):
         optimisers=optimisers, smoothing=smoothing, proxy_smoothing=config.proxy_label_smoothing,
         temperature=config.temperature, sampling=config.sampling, staleness=config.staleness,
         score_view=config.score_view, view=config.augment)
-    return devices.Program(step, (None, None, None, 0), donate_argnums=0), optimisers
+    return devices.Program(step, (None, None, None, 0), donate=True), optimisers
 
 
 def main():

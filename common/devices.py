@@ -107,16 +107,17 @@ def places(batch_N):
 
 class Program:
     """A pmapped function that is compiled, off the training clock and once for all seeds, when
-    `compile` is first shown its arguments; the first of them is the state."""
+    `compile` is first shown its arguments. `donate`: the first of them, the state, is used up."""
 
-    def __init__(self, fn, in_axes, donate_argnums=()):
-        self._fn, self._compiled = pmap(fn, in_axes, donate_argnums), None
+    def __init__(self, fn, in_axes, donate=False):
+        self._fn, self._compiled = pmap(fn, in_axes, (0,) if donate else ()), None
+        self._kept = to_host if donate else lambda first: first
 
     def compile(self, *args):
         if self._compiled is None and jax.process_count() == 1:
             self._compiled = self._fn.lower(*args).compile()
         elif self._compiled is None:  # lowering knows this host's rows only: compile by running
-            jax.block_until_ready(self._fn(to_host(args[0]), *args[1:]))
+            jax.block_until_ready(self._fn(self._kept(args[0]), *args[1:]))
             self._compiled = self._fn
 
     def __call__(self, *args):

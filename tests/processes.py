@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOCKS = ("seconds", "setup_seconds")
@@ -80,6 +82,29 @@ class Command:
         done = self.run(*flags, **kwargs)
         assert done.code == 0, done.stderr
         return done
+
+
+def start_two(command, common, per_process=((), ())):
+    """The command on two hosts of two devices each, which are processes here."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    return [command.start(*common, f"--coordinator=localhost:{port}", "--num_processes=2",
+                          f"--process_id={i}", *per_process[i], devices=2) for i in range(2)]
+
+
+def assert_close(got, want, tolerance):
+    """The same rows of metrics, but for the clocks; floats up to `tolerance`, absolute or relative,
+    except fractions of what was picked, which are equal."""
+    assert [(r["arm"], r["step"]) for r in got] == [(r["arm"], r["step"]) for r in want]
+    for mine, theirs in zip(got, want):
+        assert mine.keys() == theirs.keys()
+        for k in mine.keys() - set(CLOCKS):
+            if isinstance(mine[k], float) and not k.startswith(("picked_", "pool_")):
+                assert mine[k] == pytest.approx(theirs[k], rel=tolerance, abs=tolerance), (
+                    mine["arm"], k)
+            else:
+                assert mine[k] == theirs[k], (mine["arm"], k)
 
 
 def assert_refused(done, *words, code=2):

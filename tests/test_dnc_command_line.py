@@ -10,8 +10,8 @@ import pytest
 
 import dnc
 from common import resnet
-from processes import (ROOT, Command, assert_refused, gut, has_row, rows, trained,
-                       without_clocks)
+from processes import (ROOT, Command, assert_close, assert_refused, gut, has_row, rows, start_two,
+                       trained, without_clocks)
 
 TINY = ("--toy_examples=200", "--image_size=8", "--model=8/4", "--hidden=8", "--embed=6",
         "--head_hidden=8", "--steps=12", "--batch_size=8", "--eval_every=2", "--clusters=3",
@@ -285,6 +285,18 @@ def test_a_damaged_stage(command, finished, tmp_path, stage):
     gut(workdir / "checkpoints" / stage, "cut")
     done = command.run(*TINY, ALL, f"--workdir={workdir}")
     assert_refused(done, f"checkpoint .*{stage}", "damaged", "delete")
+
+
+def test_two_hosts_are_one(command, tmp_path):
+    """Two processes of two devices give what one of four gives, and the same clusters."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = (*TINY, "--steps=6", "--eval_every=6", "--clusters=2", "--arms=dnc")
+    command.good(*flags, f"--workdir={one}", devices=4)
+    hosts = [p.finish() for p in start_two(command, (*flags, f"--workdir={two}"))]
+    assert [p.code for p in hosts] == [0, 0], hosts[0].stderr + hosts[1].stderr
+    a, b = (np.load(w / "assignment-0.npz")["cluster"] for w in (one, two))
+    np.testing.assert_array_equal(a, b)
+    assert_close(rows(two), rows(one), 1e-2)  # at a rate of 2 rounding grows
 
 
 def test_every_flag_is_read():

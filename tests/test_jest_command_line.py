@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jest
-from processes import (ROOT, Command, assert_refused, gut, has_row, rows, trained,
-                       without_clocks)
+from processes import (ROOT, Command, assert_close, assert_refused, gut, has_row, rows, start_two,
+                       trained, without_clocks)
 
 TINY = ("--toy_examples=600", "--steps=9", "--active_steps=0", "--reference_steps=6",
         "--batch_size=8", "--eval_every=3", "--model=16/1/32/1", "--patch=8", "--low_patch=16",
@@ -181,6 +181,16 @@ def test_a_cache_of_other_weights(command, finished, tmp_path):
                        f"--score_cache={other}/embeddings-1.npz",
                        f"--reference={finished[0]}/checkpoints/reference-{{seed}}")
     assert_refused(done, "--score_cache", "other weights", "delete")
+
+
+def test_two_hosts_are_one(command, tmp_path):
+    """Two processes of two devices give what one of four gives."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = (*TINY, "--steps=3", "--reference_steps=3", "--arms=uniform,flexi_jest")
+    command.good(*flags, f"--workdir={one}", devices=4)
+    hosts = [p.finish() for p in start_two(command, (*flags, f"--workdir={two}"))]
+    assert [p.code for p in hosts] == [0, 0], hosts[0].stderr + hosts[1].stderr
+    assert_close(rows(two), rows(one), 1e-3)
 
 
 def test_every_flag_is_read():

@@ -477,7 +477,7 @@ def test_a_program_is_compiled_once_and_keeps_state_unreplicated():
         traced.append(index)
         state = {"w": state["w"] + devices.mean(batch.mean()), "n": state["n"] + 1}
         return state, {"loss": state["w"].sum() + index}
-    program = devices.Program(step, (None, None, 0), donate_argnums=0)
+    program = devices.Program(step, (None, None, 0), donate=True)
     state, batch = {"w": jnp.zeros(3), "n": jnp.int32(0)}, devices.shard(np.ones(2 * N, np.float32))
     compiled = program.compile(state, np.int32(0), batch)
     assert len(traced) == 1 and float(state["w"].sum()) == 0  # compiling runs nothing
