@@ -348,11 +348,11 @@ def curves(rows, summary: dict, path):
     n = sorted({a["final"][metric]["n"] for a in summary["arms"].values()})
     n_seeds = f"{n[0]} to {n[-1]} seeds" if len(n) > 1 else f"{n[0]} seed" + "s" * (n != [1])
     title = f"{summary['script']} on {summary['dataset']}, {n_seeds} (mean and sd)"
-    fig.suptitle(title, x=0.05, y=0.975, ha="left", fontsize=14)
+    fig.suptitle(title, x=0.065, y=0.975, ha="left", fontsize=14)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="upper left", ncols=len(arms),
-               bbox_to_anchor=(0.05, 0.905), borderpad=0, borderaxespad=0, frameon=False,
+               bbox_to_anchor=(0.065, 0.905), borderpad=0, borderaxespad=0, frameon=False,
                fontsize=12, handlelength=1.5, columnspacing=1.6)
-    fig.subplots_adjust(left=0.05, right=0.93, bottom=0.14, top=0.82, wspace=0.09)
+    fig.subplots_adjust(left=0.065, right=0.93, bottom=0.14, top=0.82, wspace=0.12)
     fig.savefig(path)
 
 
