@@ -746,26 +746,22 @@ def new_student(key, model, optimiser, total, base, experts=(), from_base=False)
             "total": np.int32(total), **teachers}
 
 
-def check_data(config, source, label_N):
-    """The same as `check`, for what depends on the data and on a file that is given. Returns the
-    number of examples in a pool, the same for each seed."""
+def check_data(config, source, pools):
+    """The same as `check`, for what depends on the data, its pools by seed, and a given file."""
     side, _, channels = source.image_shape
     K, n_classes = config.clusters, len(source.class_names)
     if side < 8 or channels not in (1, 3):
         raise ValueError(f"--image_size: images of {side} px in {channels} channels: want 8 px or "
                          "more, in 1 or 3")
-    pools = {seed: training_pool(source, label_N, seed, config.class_cap)[0]
-             for seed in config.seeds}
-    N = len(pools[config.seeds[0]])
+    N = len(pools[config.seeds[0]][0])  # for each seed the same
     if K > N:
         raise ValueError(f"--clusters={K}: want at most one per example, {N}")
     if K > n_classes and "dnc_oracle" in config.arms:
         raise ValueError(f"--clusters={K}: dnc_oracle has only {n_classes} classes to group")
     for seed in config.seeds if config.assignment else ():
         path = config.assignment.format(seed=seed)
-        made_by = {**stage.origin(pools[seed]), "clusters": K}
+        made_by = {**stage.origin(pools[seed][0]), "clusters": K}
         check_hash(stage.read_cache(path, made_by, "assignment")[0], path)
-    return N
 
 
 def make_steps(config, model, n_classes):
@@ -794,10 +790,12 @@ def main():
         for split in (config.split, config.eval_split))
     labels = np.concatenate([x["label"][x["valid"]] for x in
                              data.sweep(data.Pool(source), config.batch_size)])
-    N = check_data(config, source, labels)
+    pools = {seed: training_pool(source, labels, seed, config.class_cap) for seed in config.seeds}
+    check_data(config, source, pools)
     run.open_workdir(config)
 
     b, K, n_classes = config.batch_size, config.clusters, len(source.class_names)
+    N = len(pools[config.seeds[0]][0])
     model = Model(resnet.ResNet(config.model, source.image_shape[0], dtype=config.dtype),
                   config.hidden, config.embed, config.head_hidden)
     metrics_file = report.MetricsFile(os.path.join(config.workdir, "metrics.jsonl"))
@@ -866,7 +864,7 @@ def main():
 
     shown = None
     for seed in config.seeds:
-        pool, label_N = training_pool(source, labels, seed, config.class_cap)
+        pool, label_N = pools[seed]
         key_init, key_steps, key_divide = jax.random.split(jax.random.key(seed), 3)
         path = (config.assignment or os.path.join(config.workdir, "assignment-{seed}.npz")).format(
             seed=seed)
