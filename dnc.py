@@ -78,7 +78,7 @@ def define_flags():
                    "1000 + 1500 + 500 epochs)")
     f.DEFINE_integer("clusters", 5, "K")
     f.DEFINE_integer("restarts", 10, "runs of k-means, of which the best is taken")
-    f.DEFINE_integer("kmeans_iterations", 20, "of Lloyd, in each run")
+    f.DEFINE_integer("kmeans_iterations", 20, "of Lloyd at most, in each run")
     f.DEFINE_integer("kmeans_examples", 1_000_000, "k-means is fitted on at most as many; all are "
                      "assigned")
     f.DEFINE_string("assignment", None, "file of the clusters that another run of the same base "
@@ -337,26 +337,29 @@ def kmeans_plus_plus(draw_K, x_ND, valid_N, axis=None):
 
 
 def lloyd(x_ND, centres_KD, iterations, valid_N, axis=None, tile=4096):
-    """Centres [K, D] after so many times: assign each point to its nearest centre, move each centre
-    to the mean of its points. Centres without points take the points that are farthest from theirs,
-    one each, in order."""
+    """Centres [K, D] after at most so many times: assign each point to its nearest centre, move
+    each centre to the mean of its points. It stops where no centre moves any more. Centres without
+    points take the points that are farthest from theirs, one each, in order."""
     total, gather = over(axis)
     K = len(centres_KD)
 
-    def reseed(distance_N, moved_KD, empty_K):
+    def reseed(centres_KD, moved_KD, empty_K):
+        distance_N = nearest(x_ND, centres_KD, valid_N, tile)[1]
         far_F, row_F = jax.lax.top_k(jnp.where(valid_N > 0, distance_N, -1), min(K, len(x_ND)))
         order_K = jax.lax.top_k(gather(far_F), K)[1]  # of all devices' farthest
         far_KD = gather(x_ND[row_F])[order_K]
         return jnp.where(empty_K[:, None], far_KD[jnp.cumsum(empty_K) - 1], moved_KD)
 
-    def iteration(_, centres_KD):
-        _, distance_N, sum_KD, count_K = nearest(x_ND, centres_KD, valid_N, tile)
-        sum_KD, count_K = total(sum_KD), total(count_K)
+    def iteration(carry):
+        i, centres_KD, _ = carry
+        sum_KD, count_K = map(total, nearest(x_ND, centres_KD, valid_N, tile)[2:])
         moved_KD = sum_KD / jnp.maximum(count_K, 1)[:, None]
-        return jax.lax.cond(jnp.any(count_K == 0), reseed, lambda d, moved, e: moved,
-                            distance_N, moved_KD, count_K == 0)
+        moved_KD = jax.lax.cond(jnp.any(count_K == 0), reseed, lambda c, moved, e: moved,
+                                centres_KD, moved_KD, count_K == 0)
+        return i + 1, moved_KD, jnp.any(moved_KD != centres_KD)
 
-    return jax.lax.fori_loop(0, iterations, iteration, centres_KD)
+    return jax.lax.while_loop(lambda carry: (carry[0] < iterations) & carry[2], iteration,
+                              (0, centres_KD, True))[1]
 
 
 def nearest(x_ND, centres_KD, valid_N, tile=4096):
@@ -365,20 +368,20 @@ def nearest(x_ND, centres_KD, valid_N, tile=4096):
     N, tile = len(x_ND), min(tile, len(x_ND))
     cut = lambda v: einops.rearrange(jnp.pad(v, ((0, -N % tile), *[(0, 0)] * (v.ndim - 1))),
                                      "(t r) ... -> t r ...", r=tile)
-    norm_K, place_K = jnp.square(centres_KD).sum(1), jnp.arange(len(centres_KD))
+    K, norm_K, place_K = len(centres_KD), jnp.square(centres_KD).sum(1), jnp.arange(len(centres_KD))
 
     def one(sums, tile_and_valid):
         x_TD, valid_T = tile_and_valid
         far_TK = norm_K - 2 * jnp.einsum("td,kd->tk", x_TD, centres_KD,
                                          precision=jax.lax.Precision.HIGHEST)
         least_T1 = far_TK.min(1, keepdims=True)  # twice as fast on CPUs as argmin
-        index_T = jnp.where(far_TK <= least_T1, place_K, len(place_K) - 1).min(1)
+        index_T = jnp.where(far_TK <= least_T1, place_K, K - 1).min(1)
         distance_T = jnp.square(x_TD - centres_KD[index_T]).sum(1)
-        add = lambda v: jax.ops.segment_sum(v, index_T, len(place_K))
-        sums = sums[0] + add(x_TD * valid_T[:, None]), sums[1] + add(valid_T)
-        return sums, (index_T, distance_T)
+        own_T = jnp.where(valid_T > 0, index_T, K)  # which is no centre: left out of the sums
+        add = lambda v: jax.ops.segment_sum(v, own_T, K)
+        return (sums[0] + add(x_TD), sums[1] + add(valid_T)), (index_T, distance_T)
 
-    zero = jnp.zeros_like(centres_KD), jnp.zeros(len(centres_KD))
+    zero = jnp.zeros_like(centres_KD), jnp.zeros(K)
     (sum_KD, count_K), (index, distance) = jax.lax.scan(
         one, zero, (cut(x_ND), cut(valid_N.astype(jnp.float32))))
     return index.reshape(-1)[:N], distance.reshape(-1)[:N], sum_KD, count_K
@@ -386,7 +389,8 @@ def nearest(x_ND, centres_KD, valid_N, tile=4096):
 
 def kmeans_flops(n_fit, n_all, K, D, restarts, iterations):
     """FLOPs of `kmeans` on n_fit points and of assigning n_all: 3 ND a new centre of k-means++; an
-    iteration 2 NKD for products, 3 ND for distances and ND for sums; no sums at the end."""
+    iteration 2 NKD for products, 3 ND for distances and ND for sums; no sums at the end. All
+    iterations are charged, also where `lloyd` stops early."""
     assign = lambda n: n * D * (2 * K + 3)
     return restarts * (3 * n_fit * K * D + iterations * (assign(n_fit) + n_fit * D)
                        + assign(n_fit)) + assign(n_all)

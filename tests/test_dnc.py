@@ -322,6 +322,9 @@ def test_lloyd_is_the_slow_one_and_reseeds(tile, far):
         np.testing.assert_allclose(distance.sum(), inertia, rtol=1e-5)
         np.testing.assert_array_equal(counts, np.bincount(assignment, minlength=5))
         np.testing.assert_allclose(sums.sum(0), x.sum(0), rtol=1e-4, atol=1e-4)
+        some = dnc.nearest(jnp.array(x), got, jnp.arange(40) < 30, tile)  # the rest only fills up
+        np.testing.assert_array_equal(some[3], np.bincount(assignment[:30], minlength=5))
+        np.testing.assert_allclose(some[2].sum(0), x[:30].sum(0), rtol=1e-4, atol=1e-4)
         assert (np.bincount(assignment, minlength=5) > 0).all()
 
 
@@ -585,7 +588,7 @@ def test_visits_and_flops_add_up(arm):
 
 
 def test_kmeans_flops_count_its_products():
-    """The products of one restart, by a walk over the jaxpr."""
+    """The products of an assignment, by a walk over the jaxpr; times iterations and restarts."""
     n, K, D, iterations = 64, 5, 7, 3
 
     def dots(jaxpr):
@@ -598,11 +601,28 @@ def test_kmeans_flops_count_its_products():
             times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
             total += times * sum(map(dots, jax.extend.core.jaxprs_in_params(eqn.params)))
         return total
-    jaxpr = jax.make_jaxpr(lambda x, c: dnc.lloyd(x, c, iterations, jnp.ones(n), tile=16))(
+    jaxpr = jax.make_jaxpr(lambda x, c: dnc.nearest(x, c, jnp.ones(n), tile=16))(
         jnp.zeros((n, D)), jnp.zeros((K, D)))
-    assert dots(jaxpr.jaxpr) == iterations * 2 * n * K * D
-    got = dnc.kmeans_flops(n, 0, K, D, 1, iterations)
-    assert got == 3 * n * K * D + iterations * (2 * n * K * D + 4 * n * D) + n * D * (2 * K + 3)
+    assert dots(jaxpr.jaxpr) == 2 * n * K * D
+    got = dnc.kmeans_flops(n, 2 * n, K, D, 2, iterations)
+    once = 3 * n * K * D + iterations * (2 * n * K * D + 4 * n * D) + n * D * (2 * K + 3)
+    assert got == 2 * once + 2 * n * D * (2 * K + 3)
+
+
+def test_lloyd_stops_where_no_centre_moves(monkeypatch):
+    x, nearest, passes = normal(5, 40, 3), dnc.nearest, []
+
+    def counted(*args):
+        jax.debug.callback(lambda: passes.append(0))
+        return nearest(*args)
+    monkeypatch.setattr(dnc, "nearest", counted)
+    centres = dnc.lloyd(jnp.array(x), jnp.array(x[:5]), 100, jnp.ones(40))
+    jax.effects_barrier()
+    assert 2 < len(passes) < 50
+    expected = slow_dnc.lloyd(x, x[:5], len(passes) - 1)[0]  # the last pass moved none
+    np.testing.assert_allclose(centres, expected, rtol=1e-5, atol=1e-5)
+    before = slow_dnc.lloyd(x, x[:5], len(passes) - 2)[0]
+    assert np.abs(centres - before).max() > 1e-3
 
 
 # ------------------------------------------------------------------------------------- probes
