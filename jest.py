@@ -15,7 +15,7 @@ Dimension letters: B super-batch, N a device's share of it, S sub-batch (b), C c
 a batch on all devices, E embedding, P patch side, D width, H W image.
 
 Two minutes on a CPU:   python jest.py
-README's table:         python jest.py --preset=emoji --dataset=path/to/emoji/1.0.0 --seeds=0,1,2
+README's measurements:  python jest.py --preset=emoji, and more flags: see there
 Setting of the paper:   python jest.py --preset=siglip_B  (generated images; give --dataset)
 
 Where the paper is silent there is a flag (first chunk, temperature, what an independent score is);

@@ -14,7 +14,7 @@ Dimension letters: B super-batch, N a device's share of it, S sub-batch (b), C c
 H W channels of images.
 
 A minute on a CPU:       python rho_learnability.py --steps=300
-README's first table:    python rho_learnability.py --preset=fashion_mnist --seeds=0,1,2
+README's measurements:   python rho_learnability.py --preset=fashion_mnist, or emoji: see there
 Settings of the paper:   python rho_learnability.py --preset=classact_L  (or activeclip_B)
 
 Where the paper is silent there is a flag (sampling, temperature, scored view, staleness, kind of
@@ -444,7 +444,8 @@ def check(config, typed=()):
     want(config.temperature > 0, "temperature", "more than 0 (for T -> 0 there is --sampling=topk)")
     for flag in ("steps", "batch_size", "patch", "embed"):
         want(config[flag] >= 1, flag, "at least 1")
-    for flag in ("staleness", "reference_steps", "active_steps"):
+    for flag in ("staleness", "reference_steps", "active_steps", "proxy_learning_rate",
+                 "weight_decay"):
         want(config[flag] >= 0, flag, "at least 0")
     for flag in ("learning_rate", "reference_learning_rate"):
         want(config[flag] > 0, flag, "more than 0")

@@ -252,7 +252,7 @@ def table(summary: dict) -> str:
                  for k in KINDS if f"picked_{k}" in mean and f"pool_{k}" in mean]
         if picks:
             text.append(f"{arm} picked " + ", ".join(picks))
-    if summary["speedup"]:
+    if any(s["reached"] == len(s["iterations_per_seed"]) for s in summary["speedup"].values()):
         text.append("(the arm's schedule has not decayed where it crosses; the baseline's has)")
     return "\n".join(text).rstrip()
 
@@ -347,7 +347,8 @@ def curves(rows, summary: dict, path):
     axes[0].set_ylabel(metric.replace("_", " "), fontsize=12)
     n = sorted({a["final"][metric]["n"] for a in summary["arms"].values()})
     n_seeds = f"{n[0]} to {n[-1]} seeds" if len(n) > 1 else f"{n[0]} seed" + "s" * (n != [1])
-    title = f"{summary['script']} on {summary['dataset']}, {n_seeds} (mean and sd)"
+    n_seeds += " (mean and sd)" * (n != [1])
+    title = f"{summary['script']} on {summary['dataset']}, {n_seeds}"
     fig.suptitle(title, x=0.065, y=0.975, ha="left", fontsize=14)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="upper left", ncols=len(arms),
                bbox_to_anchor=(0.065, 0.905), borderpad=0, borderaxespad=0, frameon=False,

@@ -104,10 +104,11 @@ def resolve(presets):
     if values.preset not in presets:
         raise ValueError(f"--preset={values.preset}: want one of {', '.join(presets)} or list")
     typed = [name for name in values if values[name].present]
-    for name, value in presets[values.preset].items():
-        if not values[name].present:
-            values[name].value = value
-            logging.info("--preset=%s sets --%s=%s", values.preset, name, value)
+    preset = {k: v for k, v in presets[values.preset].items() if not values[k].present}
+    for name, value in preset.items():
+        values[name].value = value
+    logging.info("--preset=%s sets %s", values.preset, " ".join(
+        f"--{k}={','.join(v) if isinstance(v, list) else v}" for k, v in preset.items()))
     ours = {values.find_module_defining_flag(name) for name in ("dataset", "arms")}
     config = Namespace({name: values[name].value for name in values
                         if values.find_module_defining_flag(name) in ours})

@@ -24,7 +24,7 @@ def commands():
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             words = words[words.index("&&") + 1:] if "&&" in words else words
-            if words[0] == "python" and words[1] in TINY:
+            if words[:1] == ["python"] and words[1] in TINY:
                 out.append((words[1], words[2:]))
     return out
 

@@ -239,6 +239,8 @@ def test_table_says_speedups_slow_downs_and_failures():
     assert "slow: uniform's best 0.812 never reached by 2 of 3 seeds" in text
     assert "clever picked 11 % noisy (pool 36 %), 2 % duplicate (pool 10 %)\n" in text
     assert text.count("schedule has not decayed") == 1
+    never = report.table(summarise([r for r in rows if r["arm"] != "clever"], ["uniform", "slow"]))
+    assert "schedule has not decayed" not in never  # where nothing crosses
     assert "0.812 +- 0.000 (1)" in text and "1,234,567" in text and "1.5 T" in text
     head, rule, *body = text.splitlines()[:5]
     assert {len(line) for line in body} == {len(head)} == {len(rule)}
