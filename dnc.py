@@ -48,8 +48,8 @@ PRESETS = {
         image_size=16, model="8/16", hidden=128, embed=64, head_hidden=128, blur=["0", "0"],
         solarise=["0", "0"], jitter=0.5, crop_area=0.3, batch_size=64, steps=600, eval_every=100,
         learning_rate=4.0, distil_learning_rate=4.0, m0=0.97, clusters=4, warmup=0.05),
-    # the README's table: heavy-tailed, halved to 16 px; give its path as --dataset. An hour a seed on
-    # one CPU core, and so 33 epochs, where the paper has thousands
+    # the README's table: heavy-tailed, halved to 16 px; give its path as --dataset. An hour a seed
+    # on one CPU core, and so 33 epochs, where the paper has thousands
     "patchwork": dict(
         dataset="patchwork", arms=list(ARMS), image_size=16, model="8/16", hidden=256, embed=64,
         head_hidden=256, blur=["0", "0"], solarise=["0", "0"], jitter=0.5, crop_area=0.2,
@@ -197,9 +197,9 @@ def info_nce(q_NE, k_AE, temperature, same_AE=None, first=0):
 
 def moclr_loss(q1_NE, q2_NE, k1_NE, k2_NE, temperature, same_view_negatives=True, axis=None):
     """(loss, hardness): InfoNCE of each view's online projection q against the other view's targets
-    k, both ways, halved. No gradient reaches k. Inside `pmap` with `axis` named, the k are those of
-    all devices, and this is a device's part: averaged over the devices, its gradient is that of the
-    whole batch's loss."""
+    k, both ways, halved; all four are normalised here, and no gradient reaches k. Inside `pmap` with
+    `axis` named, the k are those of all devices, and this is a device's part: averaged over the
+    devices, its gradient is that of the whole batch's loss."""
     gather = over(axis)[1]
     first = jax.lax.axis_index(axis) * len(q1_NE) if axis else 0  # where this device's rows stand
     q1_NE, q2_NE = unit(q1_NE), unit(q2_NE)
@@ -291,7 +291,8 @@ def effective_classes(label_A, n_classes):
 
 
 def kmeans(key, x_ND, k, *, restarts=10, iterations=20, valid_N=None, axis=None, tile=4096):
-    """(centres [K, D], inertia): the best of several runs of k-means++ and Lloyd.
+    """(centres [K, D], inertia): the best of several runs of k-means++ and Lloyd. `nearest` says
+    which point is whose. Want k <= N: a point can be one centre only.
 
     Never N x K x D: distances come a `tile` of rows at a time. Inside `pmap` with `axis` named, x
     is a device's share, and all devices get the answer of one device that has the whole. valid_N:

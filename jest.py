@@ -254,7 +254,8 @@ def draw(key, logits_B, taken_B, size):
 
 def jointly_sample(key, learner, reference, n_select, n_chunks=16, *, kind="learnability",
                    loss="sigmoid", first="self", temperature=1.0, axis=None, tile=2048):
-    """Indices [b] of the sub-batch, chunk by chunk: the picks of Algorithm 1, in memory of order B.
+    """Indices [b] of the sub-batch in the order drawn, chunk by chunk: the picks of Algorithm 1, in
+    memory of order B. Want n_chunks <= n_select = b <= B.
 
     S never exists. Each candidate keeps a running sum of its terms with what was drawn so far; a
     new chunk adds one [B, C] block of each model and direction, computed from the embeddings, a
