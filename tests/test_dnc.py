@@ -609,6 +609,20 @@ def test_kmeans_flops_count_its_products():
     assert got == 2 * once + 2 * n * D * (2 * K + 3)
 
 
+def test_of_equal_centres_the_first_is_the_nearest():
+    centres = jnp.array([[9.0] * 3, [1.0] * 3, [1.0] * 3])
+    index = dnc.nearest(jnp.array(normal(0, 6, 3)), centres, jnp.ones(6))[0]
+    np.testing.assert_array_equal(index, np.ones(6))
+
+
+def test_rows_that_fill_up_are_no_new_centres():
+    """They are farther away than any point, and one centre starts where no point goes."""
+    x, centres = normal(5, 12, 3), np.float32([[0] * 3, [99] * 3])
+    filled, valid = np.concatenate([x, np.full((4, 3), -50, np.float32)]), np.arange(16) < 12
+    got = dnc.lloyd(jnp.array(filled), jnp.array(centres), 1, jnp.array(valid, jnp.float32))
+    np.testing.assert_allclose(got, slow_dnc.lloyd(x, centres, 1)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_lloyd_stops_where_no_centre_moves(monkeypatch):
     x, nearest, passes = normal(5, 40, 3), dnc.nearest, []
 
