@@ -162,17 +162,21 @@ def test_picks_are_the_same_on_any_number_of_devices(on_devices, loss):
     np.testing.assert_array_equal(one[0], streaming(key, learner, reference, 13, 4, loss=loss))
 
 
-def test_independent_scores():
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_independent_scores(temperature):
     learner, reference = two_sides(7, 12)
     key = jax.random.key(7)
-    got = jest.independently_sample(key, learner, reference, 5, score="super_batch")
+
+    def expected(scores):
+        return np.argsort(-(scores / temperature + noise(key, 1, 12)[0]))[:5]
+    got = jest.independently_sample(key, learner, reference, 5, score="super_batch",
+                                    temperature=temperature)
     scores = sum(sign * slow_jest.pair_losses(*slow(s)).sum(1)
                  for sign, s in ((1, learner), (-1, reference)))
-    expected = np.argsort(-(scores + noise(key, 1, 12)[0]))[:5]
-    np.testing.assert_array_equal(got, expected)
-    alone = jest.independently_sample(key, learner, reference, 5)
+    np.testing.assert_array_equal(got, expected(scores))
+    alone = jest.independently_sample(key, learner, reference, 5, temperature=temperature)
     S = slow_jest.score_matrix("learnability", slow(learner), slow(reference))
-    np.testing.assert_array_equal(alone, np.argsort(-(np.diag(S) + noise(key, 1, 12)[0]))[:5])
+    np.testing.assert_array_equal(alone, expected(np.diag(S)))
 
 
 @given(st.integers(1, 10**6), st.data())
