@@ -346,8 +346,8 @@ def curves(rows, summary: dict, path):
         _beside(axes[-1], target, f"{arms[0]}'s\nbest {target:.3f}")
     axes[0].set_ylabel(metric.replace("_", " "), fontsize=12)
     n = sorted({a["final"][metric]["n"] for a in summary["arms"].values()})
-    n_seeds = f"{n[0]} to {n[-1]} seeds" if len(n) > 1 else f"{n[0]} seed" + "s" * (n != [1])
-    n_seeds += " (mean and sd)" * (n != [1])
+    n_seeds = f"{n[0]} to {n[-1]}" if len(n) > 1 else f"{n[0]}"
+    n_seeds += " seed" if n == [1] else " seeds (mean and sd)"
     title = f"{summary['script']} on {summary['dataset']}, {n_seeds}"
     fig.suptitle(title, x=0.065, y=0.975, ha="left", fontsize=14)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="upper left", ncols=len(arms),

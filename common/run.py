@@ -96,10 +96,11 @@ def resolve(presets):
     `presets`: name -> {flag: value}. `--preset=list` prints them and leaves.
     """
     values = flags.FLAGS
+    as_typed = lambda preset: [f"--{k}={','.join(v) if isinstance(v, list) else v}"
+                               for k, v in preset.items()]
     if values.preset == "list":
         for name, preset in presets.items():
-            print(name, *(f"--{k}={','.join(v) if isinstance(v, list) else v}"
-                          for k, v in preset.items()), sep="\n    ")
+            print(name, *as_typed(preset), sep="\n    ")
         sys.exit(0)
     if values.preset not in presets:
         raise ValueError(f"--preset={values.preset}: want one of {', '.join(presets)} or list")
@@ -107,8 +108,7 @@ def resolve(presets):
     preset = {k: v for k, v in presets[values.preset].items() if not values[k].present}
     for name, value in preset.items():
         values[name].value = value
-    logging.info("--preset=%s sets %s", values.preset, " ".join(
-        f"--{k}={','.join(v) if isinstance(v, list) else v}" for k, v in preset.items()))
+    logging.info("--preset=%s sets %s", values.preset, " ".join(as_typed(preset)))
     ours = {values.find_module_defining_flag(name) for name in ("dataset", "arms")}
     config = Namespace({name: values[name].value for name in values
                         if values.find_module_defining_flag(name) in ours})

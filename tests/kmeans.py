@@ -66,7 +66,8 @@ def main(_):
     flops = dnc.kmeans_flops(F.points, 0, F.clusters, F.width, 1, F.iterations)
     for name in runs:
         t = statistics.median(seconds[name])
-        print(f"{name:14}{t:10.4f} s{flops / t / 1e9:12.1f} GFLOP/s if all iterations ran   inertia {inertia[name]:.6g}")
+        print(f"{name:14}{t:10.4f} s{flops / t / 1e9:12.1f} GFLOP/s if all iterations ran   "
+              f"inertia {inertia[name]:.6g}")
     if F.sklearn:
         a, b = inertia.values()
         ratio = statistics.median(seconds["scikit-learn"]) / statistics.median(seconds["dnc.py"])

@@ -228,6 +228,7 @@ REFUSED = {  # flags, then what the line must name: the flag or file, and the me
     "part of an example": (["--ratio=1.2"], "--ratio=1.2", "batch_size", "whole"),
     "temperature 0": (["--temperature=0"], "--temperature=0", "more than 0", "--sampling=topk"),
     "proxy learning rate": (["--proxy_learning_rate=-1"], "--proxy_learning_rate=-1", "at least 0"),
+    "weight decay": (["--weight_decay=-1"], "--weight_decay=-1", "at least 0"),
     "patch": (["--patch=12"], "--patch=12", "32"),
     "model size": (["--proxy=huge"], "--proxy", "'huge'", "toy"),
     "model size in numbers": (["--learner=16/1/32/3"], "--learner", "heads", "width"),
