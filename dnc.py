@@ -367,25 +367,26 @@ def nearest(x_ND, centres_KD, valid_N, tile=4096):
     """(index of each point's nearest centre [N], of equal ones the first; squared distance to it
     [N]; sum [K, D] and number [K] of each centre's points), a tile of points at a time."""
     N, tile = len(x_ND), min(tile, len(x_ND))
-    cut = lambda v: einops.rearrange(jnp.pad(v, ((0, -N % tile), *[(0, 0)] * (v.ndim - 1))),
-                                     "(t r) ... -> t r ...", r=tile)
     K, norm_K, place_K = len(centres_KD), jnp.square(centres_KD).sum(1), jnp.arange(len(centres_KD))
 
-    def one(sums, tile_and_valid):
-        x_TD, valid_T = tile_and_valid
+    def one(sums, start):
+        # the last tile reaches back into the one before: no copy of all points that fills it up
+        at = jnp.minimum(start, N - tile)
+        x_TD, valid_T = (jax.lax.dynamic_slice_in_dim(v, at, tile) for v in (x_ND, valid_N))
+        new_T = (at + jnp.arange(tile) >= start) & (valid_T > 0)
         far_TK = norm_K - 2 * jnp.einsum("td,kd->tk", x_TD, centres_KD,
                                          precision=jax.lax.Precision.HIGHEST)
         least_T1 = far_TK.min(1, keepdims=True)  # twice as fast on CPUs as argmin
         index_T = jnp.where(far_TK <= least_T1, place_K, K - 1).min(1)
         distance_T = jnp.square(x_TD - centres_KD[index_T]).sum(1)
-        own_T = jnp.where(valid_T > 0, index_T, K)  # which is no centre: left out of the sums
+        own_T = jnp.where(new_T, index_T, K)  # K is no centre: left out of the sums
         add = lambda v: jax.ops.segment_sum(v, own_T, K)
-        return (sums[0] + add(x_TD), sums[1] + add(valid_T)), (index_T, distance_T)
+        return (sums[0] + add(x_TD), sums[1] + add(jnp.ones(tile))), (index_T, distance_T)
 
     zero = jnp.zeros_like(centres_KD), jnp.zeros(K)
-    (sum_KD, count_K), (index, distance) = jax.lax.scan(
-        one, zero, (cut(x_ND), cut(valid_N.astype(jnp.float32))))
-    return index.reshape(-1)[:N], distance.reshape(-1)[:N], sum_KD, count_K
+    (sum_KD, count_K), parts = jax.lax.scan(one, zero, jnp.arange(0, N, tile))
+    index_N, distance_N = (jnp.concatenate([v[:-1].reshape(-1), v[-1, -N % tile:]]) for v in parts)
+    return index_N, distance_N, sum_KD, count_K
 
 
 def kmeans_flops(n_fit, n_all, K, D, restarts, iterations):

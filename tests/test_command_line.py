@@ -12,11 +12,13 @@ import shutil
 import signal
 import time
 
+import jax
 import numpy as np
+import optax
 import pytest
 
 import rho_learnability
-from common import report
+from common import data, report, vit
 from processes import (ROOT, Command, assert_close, assert_refused, gut, has_row, rows, start_two,
                        trained, without_clocks)
 
@@ -25,6 +27,7 @@ METHOD = ("--ratio=2", "--temperature=1", "--reference=in_domain", "--reference_
           "--learning_rate=1e-3")  # spelled out, so that another preset changes nothing here
 TINY = ("--toy_examples=600", "--steps=9", "--batch_size=8", "--eval_every=3", "--staleness=2",
         *METHOD, *MODEL)  # staleness: so that old weights too must come back after a kill
+TWIN = vit.ViT("16/1/32/2", 32, 16, 30)  # the learner, as the reference of one run
 THREE = "--arms=uniform,learnability,hard_learner"
 
 
@@ -162,6 +165,66 @@ def test_more_seeds_and_arms_extend_a_directory(finished, extended):
     summary = json.loads((extended / "summary.json").read_text())
     assert list(summary["arms"]) == ["uniform", "learnability", "hard_learner"]
     assert all(entry["final"]["accuracy"]["n"] == 2 for entry in summary["arms"].values())
+
+
+@pytest.fixture(scope="module")
+def held_out(command, tmp_path_factory):
+    """Work directory of the run with a reference of clean labels, which is the learner's twin and
+    learns nothing, and fewer steps in the active arm. 72 of the 600 images are the reference's: its
+    nine steps see each of them once."""
+    workdir = tmp_path_factory.mktemp("held_out") / "run"
+    command.good(*TINY, f"--workdir={workdir}", "--reference=held_out", "--held_out_fraction=0.12",
+                 "--reference_noise=0", "--proxy=16/1/32/2", "--reference_learning_rate=1e-30",
+                 "--active_steps=6")
+    return workdir
+
+
+def test_the_baseline_knows_nothing_of_the_reference(finished, held_out):
+    baseline = [[r for r in rows(workdir) if r["arm"] == "uniform"]
+                for workdir in (finished[0], held_out)]
+    assert without_clocks(baseline[0]) == without_clocks(baseline[1])
+    assert [r["step"] for r in rows(held_out) if r["arm"] == "learnability"] == [3, 6]
+    assert trained(held_out, "learnability-0")[0] == 6
+
+
+def test_a_held_out_reference_sees_what_the_arms_do_not_with_labels_as_told(held_out):
+    toy = data.open_source("toy", "train", toy_knobs={"n": 600})
+    whole = data.Pool(toy, noise=0.4, field="label", seed=0)
+    ids, rest = data.split(whole.ids, 0.12, 0)
+    reference = [r for r in rows(held_out) if r["arm"] == "reference"]
+    for truth in ("duplicate", "hopeless"):
+        part, others = (whole.read(some)[truth].mean() for some in (ids, rest))
+        assert abs(part - others) > 1e-3
+        np.testing.assert_allclose(np.mean([r[f"pool_{truth}"] for r in reference]), part, rtol=1e-5)
+    assert len(ids) == 72 and all(r["pool_noisy"] == 0 for r in reference)
+    assert all(r["pool_noisy"] > 0 for r in rows(held_out) if r["arm"] != "reference")
+    with np.load(held_out / "scores-0.npz") as scores:
+        np.testing.assert_array_equal(scores["id"], rest)
+
+
+def test_a_reference_starts_from_weights_of_its_own(held_out):
+    """From those of an online one, in fact; here it is as large as the learner."""
+    model = rho_learnability.Model("cross_entropy", TWIN)
+    key = jax.random.split(jax.random.key(0))[0]
+    first = rho_learnability.initial_state("uniform", key, model, model, {
+        "learner": optax.identity(), "reference": optax.identity()}, reference="online")
+    _, after = trained(held_out, "reference-0")
+    for role, same in (("learner", False), ("reference", True)):
+        params = {"learner": {"params": first[role]["params"]}}
+        got = [np.allclose(after[jax.tree_util.keystr(path)], x, atol=1e-5)
+               for path, x in jax.tree_util.tree_leaves_with_path(params) if path[-1].key == "w"]
+        assert len(got) > 4 and all(got) == same, role
+
+
+def test_the_bill_of_a_run_is_the_sum_of_its_steps(held_out):
+    F = vit.vit_flops(TWIN)
+    last = {r["arm"]: r["flops"] for r in rows(held_out)}
+    assert last["reference"]["reference_training"] == 9 * 3 * 8 * F
+    assert last["uniform"]["learner"] == 9 * 3 * 8 * F
+    bill = {k: v for k, v in last["learnability"].items() if k != "selection"}
+    assert bill == {
+        "learner": 6 * 3 * 8 * F, "actor_scoring": 6 * 16 * F, "actor_training": 6 * 3 * 8 * F,
+        "reference_training": 9 * 3 * 8 * F, "reference_scoring": (600 - 72) * F}
 
 
 # -------------------------------------------------------------------------- prepared data sets

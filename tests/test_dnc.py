@@ -360,6 +360,14 @@ def test_devices_tiles_and_filling_change_nothing(on_devices, n):
     np.testing.assert_allclose(other, inertia, rtol=1e-4)
 
 
+def test_clusters_are_the_same_far_from_the_origin():
+    """In float32, where |c|^2 is 2^24 times what tells the points apart."""
+    x = np.round(64 * normal(3, 60, 4)) / 64  # so that moving them loses nothing
+    near, far = (dnc.kmeans(jax.random.key(3), jnp.array(x + at), 5, restarts=3) for at in (0, 4096))
+    np.testing.assert_allclose(far[1], near[1], rtol=1e-4)
+    np.testing.assert_allclose(far[0] - 4096, near[0], atol=2e-3)
+
+
 def test_more_centres_than_different_points():
     x = np.repeat(normal(0, 2, 3), 5, axis=0)
     centres, inertia = dnc.kmeans(jax.random.key(0), jnp.array(x), 4, restarts=2)

@@ -337,11 +337,11 @@ OPTIMISER = optax.sgd(0.1, momentum=0.5)  # not Adam: it would hide a gradient t
 
 
 @functools.cache
-def program(method, n=1, kind="learnability", loss="sigmoid", cotrain=True):
+def program(method, n=1, kind="learnability", loss="sigmoid", **knobs):
     step = functools.partial(
         jest.jest_step, method=method, kind=kind, n_select=8, model=tiny(loss),
-        reference_model=tiny(loss, "8/1/16/1"), optimiser=OPTIMISER, n_chunks=3, cotrain=cotrain,
-        low_patch=8 if method == "flexi_jest" else 0)
+        reference_model=tiny(loss, "8/1/16/1"), optimiser=OPTIMISER, n_chunks=3,
+        low_patch=8 if method == "flexi_jest" else 0, **knobs)
     return jax.pmap(step, axis_name=devices.AXIS, in_axes=(None, None, None, 0),
                     out_axes=None, devices=jax.devices()[:n])
 
@@ -393,6 +393,23 @@ def test_the_step_picks_by_both_models_and_trains_on_the_picks(method, kind):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
                  after["learner"]["params"], expected)
     jax.tree.map(np.testing.assert_array_equal, after["reference"], state["reference"])
+
+
+@pytest.mark.parametrize("method,knobs", [
+    ("jest", {"temperature": 0.05}), ("jest", {"first": "uniform", "temperature": 0.1}),
+    ("independent", {"temperature": 0.05}), ("independent", {"independent_score": "super_batch"})])
+def test_the_step_draws_as_it_is_told(method, knobs):
+    state, batch, key = first_state(), pairs(16, seed=2), jax.random.fold_in(jax.random.key(0), 0)
+    _, metrics = program(method, **knobs)(state, np.int32(0), jax.random.key(0), sharded(batch, 1))
+    sides = (jest.embed(state["learner"]["params"], batch, tiny()),
+             jest.embed(state["reference"], batch, tiny(size="8/1/16/1")))
+
+    def draw(independent_score="self", **knobs):
+        return set((jest.jointly_sample(key, *sides, 8, 3, **knobs) if method == "jest" else
+                    jest.independently_sample(key, *sides, 8, score=independent_score, **knobs)
+                    ).tolist())
+    assert set(picked(metrics).tolist()) == draw(**knobs)
+    assert draw(**dict(list(knobs.items())[1:])) != draw(**knobs)  # the first is seen in the picks
 
 
 def test_flexi_scores_coarsely_and_trains_half_and_half():
@@ -450,6 +467,36 @@ def test_adam_clips_decays_linear_maps_and_ends_at_zero():
     for _ in range(8):
         last, opt = rule.update(grads, opt, params)
     assert abs(rule.update(grads, opt, params)[0]["x"]["w"]).max() < 1e-6
+
+
+@pytest.mark.parametrize("low_patch", [0, 8])
+def test_the_diagnosis_of_a_super_batch_is_the_slow_one(on_devices, low_patch):
+    """Picks and self-scores as they were drawn (coarse if flexi); their values at the full patch."""
+    state, batch, key = first_state(), pairs(16), jax.random.key(3)
+    small = tiny(size="8/1/16/1")
+    look = functools.partial(
+        jest.diagnose, kind="learnability", n_select=8, model=tiny(), reference_model=small,
+        n_chunks=3, first="self", temperature=1.0, low_patch=low_patch, independent_score="self")
+    metrics, self_B, pick_S = on_devices(1, look, state, key, sharded(batch, 1),
+                                         in_axes=(None, None, 0))
+    params, reference = state["learner"]["params"], jest.embed(state["reference"], batch, small)
+    full = used = jest.embed(params, batch, tiny()), reference
+    if low_patch:
+        used = jest.embed(*jest.swap(jest.at_patch(params, tiny(), low_patch), batch)), reference
+    S, S_used = (slow_jest.score_matrix("learnability", *map(slow, x)) for x in (full, used))
+    joint = {name: jest.jointly_sample(key, *x, 8, 3) for name, x in (("used", used), ("full", full))}
+    for name, picks in (("uniform", np.arange(8)), ("joint", joint["used"]),
+                        ("independent", jest.independently_sample(key, *used, 8))):
+        value = S[np.ix_(picks, picks)].sum() / 8
+        np.testing.assert_allclose(metrics[f"score_{name}"], value, rtol=1e-3)
+    np.testing.assert_array_equal(pick_S, joint["used"])
+    np.testing.assert_allclose(self_B, np.diag(S_used), rtol=1e-3, atol=1e-4)
+    assert ("rank_correlation" in metrics) == bool(low_patch)
+    if low_patch:
+        np.testing.assert_allclose(metrics["rank_correlation"], slow_jest.spearman(
+            np.diag(S_used), np.diag(S)), atol=1e-5)
+        overlap = np.isin(joint["used"], joint["full"]).mean()
+        assert metrics["pick_overlap"] == overlap < 1
 
 
 # -------------------------------------------------------------------------------------- the bill

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -66,6 +67,48 @@ def test_the_bill_of_a_run_is_the_sum_of_its_steps(finished):
     assert last["jest"]["reference_scoring"] == 480 * F  # the pool without the curated fifth
     assert last["flexi_jest"]["actor_scoring"] == 9 * 16 * F_low
     assert last["flexi_jest"]["learner"] == 9 * 3 * 8 * (F + F_low) / 2
+
+
+@pytest.fixture(scope="module")
+def curated(command, tmp_path_factory):
+    """Work directory of two seeds, whose references and active arms learn nothing, with fewer
+    steps in the active arm and a larger curated part."""
+    workdir = tmp_path_factory.mktemp("curated") / "run"
+    command.good(*TINY, f"--workdir={workdir}", "--arms=uniform,jest", "--seeds=0,1",
+                 "--curated_fraction=0.4", "--reference_learning_rate=1e-30",
+                 "--active_learning_rate=1e-30", "--active_steps=6")
+    return workdir
+
+
+def test_the_baseline_knows_nothing_of_the_curated_part(finished, curated):
+    baseline = [[r for r in rows(workdir) if (r["arm"], r["seed"]) == ("uniform", 0)]
+                for workdir in (finished[0], curated)]
+    assert without_clocks(baseline[0]) == without_clocks(baseline[1])
+
+
+def test_the_active_arms_have_their_own_length_and_rate(curated):
+    assert [r["step"] for r in rows(curated) if (r["arm"], r["seed"]) == ("jest", 0)] == [3, 6]
+    model = jest.Model("sigmoid", jest.vit.ViT("16/1/32/1", 32, 8, 8, pool="map"),
+                       jest.vit.Text("16/1/32/1", jest.data.VOCAB, 24, 8, pool="map"))
+    first = jest.init(jax.random.split(jax.random.key(0), 3)[0], model)
+    for name, same in (("jest-0", True), ("uniform-0", False), ("jest-1", False)):
+        _, after = trained(curated, name)
+        got = [np.allclose(after[jax.tree_util.keystr(path)], x, atol=1e-6) for path, x in
+               jax.tree_util.tree_leaves_with_path({"learner": {"params": first}})
+               if path[-1].key == "w"]
+        assert len(got) > 8 and all(got) == same, name
+
+
+def test_a_reference_has_right_captions_and_first_weights_of_its_seed(curated):
+    for row in rows(curated):
+        assert (row["pool_noisy"] == 0) == (row["arm"] == "reference")
+    (_, one), (_, two) = (trained(curated, f"reference-{seed}") for seed in (0, 1))
+    _, learner = trained(curated, "jest-0")
+    weights = [k for k in one if "params" in k and k.endswith("['w']")]
+    for k in weights:
+        assert abs(one[k] - two[k]).max() > 1e-3, k
+        assert abs(one[k] - learner[k]).max() > 1e-3, k
+    assert len(weights) > 8
 
 
 def test_the_same_command_again_only_reports(command, finished):

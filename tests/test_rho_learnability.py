@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from common import devices, report, retrieval, vit
+from common import devices, report, retrieval, run, vit
 import rho_learnability as rho
 import slow_rho
 
@@ -587,20 +587,54 @@ def test_scores_come_from_the_proxy_of_so_many_steps_ago(staleness):
             assert np.ptp(scores.mean(1)) > 0.01
 
 
-def test_an_online_reference_scores_first_and_then_trains_on_the_whole_super_batch():
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_an_online_reference_scores_first_and_then_trains_on_the_whole_super_batch(smoothing):
     proxy, batch = pair("cross_entropy")[1], super_batch("cross_entropy")
     before = start("learnability", reference="online")
     before["reference"]["params"] = reference_params("cross_entropy")
-    state, metrics = step(program("learnability"), before, 0, batch)
+    state, metrics = step(program("learnability", proxy_smoothing=smoothing), before, 0, batch)
     online, reference = (np.asarray(losses_of(before[r]["params"], batch, proxy))
                          for r in ("actor", "reference"))
     np.testing.assert_allclose(metrics["score_pool"], (online - reference).mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["score_pool_sd"], (online - reference).std(), rtol=1e-4)
-    grads = dense_grad(before["reference"]["params"], batch, proxy, 0.0)
+    grads = dense_grad(before["reference"]["params"], batch, proxy, smoothing)
     assert_trees_close(
         state["reference"]["params"],
         jax.tree.map(lambda p, g: p - 0.3 * g, before["reference"]["params"], grads),
         rtol=1e-4, atol=1e-5)
+
+
+def test_each_role_learns_by_its_own_optimiser(monkeypatch):
+    rates = {"learner": 0.0, "actor": 0.1, "reference": 0.2}
+    monkeypatch.setitem(globals(), "OPTIMISERS", {r: optax.sgd(x) for r, x in rates.items()})
+    proxy, batch = pair("cross_entropy")[1], super_batch("cross_entropy")
+    before = start("learnability", reference="online")
+    mapped = cached_program.__wrapped__("learnability", "cross_entropy", 1)  # with these optimisers
+    after, metrics = step(mapped, before, 0, batch)
+    assert_trees_equal(after["learner"]["params"], before["learner"]["params"])
+    picks = picked(metrics).astype(bool)
+    small = {k: v[picks] for k, v in batch.items() if k in ("image", "label")}
+    for role, seen in (("actor", small), ("reference", batch)):
+        params = before[role]["params"]
+        assert_trees_close(after[role]["params"], jax.tree.map(
+            lambda p, g: p - rates[role] * g, params, dense_grad(params, seen, proxy, 0.0)),
+            rtol=1e-4, atol=1e-5)
+
+
+def test_make_step_gives_each_flag_to_whom_it_is_meant_for(monkeypatch):
+    monkeypatch.setattr(rho, "adamw", lambda peak, steps, **rest: (peak, steps, rest))
+    monkeypatch.setattr(devices, "Program", lambda fn, *_, **__: fn)
+    config = run.Namespace(
+        warmup=0.1, weight_decay=0.2, proxy_learning_rate=0.3, reference_learning_rate=0.4,
+        batch_size=8, proxy_label_smoothing=0.5, temperature=0.6, sampling="topk", staleness=7,
+        score_view="train", augment="shift")
+    made, rules = rho.make_step("learnability", config, "L", "p", 9, 0.8, 0.9)
+    rest = dict(warmup=0.1, weight_decay=0.2)
+    assert rules == {"learner": (0.8, 9, rest), "actor": (0.3, 9, rest), "reference": (0.4, 9, rest)}
+    assert made.keywords == dict(
+        arm="learnability", n_select=8, learner="L", proxy="p", optimisers=rules, smoothing=0.9,
+        proxy_smoothing=0.5, temperature=0.6, sampling="topk", staleness=7, score_view="train",
+        view="shift")
 
 
 @pytest.mark.parametrize("arm", ["learnability", "easy_reference", "hard_learner", "rho_loss"])
@@ -666,6 +700,21 @@ def test_an_example_trains_in_the_same_view_whether_that_or_the_plain_image_is_s
     np.testing.assert_allclose(
         clean_scores["score_picked"], plain_scores["score_picked"], rtol=1e-6)
     assert abs(train_scores["score_picked"] - plain_scores["score_picked"]) > 1e-4
+
+
+def test_the_draw_and_the_views_have_a_key_each(monkeypatch):
+    seen = {}
+
+    def note(name, key):
+        jax.debug.callback(lambda data: seen.update({name: np.array(data)}), jax.random.key_data(key))
+    monkeypatch.setattr(rho, "select", lambda key, score_B, n, *_: (
+        note("draw", key), jnp.arange(n))[1])
+    monkeypatch.setattr(rho, "augment", lambda key, index_N, image_NHWC, kind: (
+        note("view", key), image_NHWC)[1])
+    mapped = cached_program.__wrapped__("learnability", "cross_entropy", 1)  # traced anew
+    step(mapped, start("learnability"), 0, super_batch("cross_entropy"))
+    jax.effects_barrier()
+    assert (seen["draw"] != seen["view"]).any()
 
 
 def test_every_step_and_every_seed_draws_anew_and_a_step_repeats_itself():
