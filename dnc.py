@@ -196,10 +196,12 @@ def info_nce(q_NE, k_AE, temperature, same_AE=None, first=0):
 
 
 def moclr_loss(q1_NE, q2_NE, k1_NE, k2_NE, temperature, same_view_negatives=True, axis=None):
-    """(loss, hardness): InfoNCE of each view's online projection q against the other view's targets
-    k, both ways, halved; all four are normalised here, and no gradient reaches k. Inside `pmap`
-    with `axis` named, the k are those of all devices, and this is a device's part: averaged over
-    the devices, its gradient is that of the whole batch's loss."""
+    """(loss, hardness, which is only reported): InfoNCE of each view's online projections q [N, E]
+    against the other view's targets k [N, E], both ways, halved; all four are normalised here, and
+    no gradient reaches k. same_view_negatives: an image has the other images' targets of its own
+    view as negatives too. Inside `pmap` with `axis` named, the k are those of all devices, and this
+    is a device's part: averaged over the devices, its gradient is that of the whole batch's loss.
+    """
     gather = over(axis)[1]
     first = jax.lax.axis_index(axis) * len(q1_NE) if axis else 0  # where this device's rows stand
     q1_NE, q2_NE = unit(q1_NE), unit(q2_NE)

@@ -45,7 +45,7 @@ PRESETS = {
     # minutes on two CPU cores
     "toy": dict(
         arms=["uniform", "jest", "flexi_jest"], caption_noise=0.8, toy_examples=16_000,
-        model="48/2/192/3", patch=8, low_patch=16, context=48, filter_ratio=0.8, n_chunks=8,
+        model="48/2/192/3", patch=8, low_patch=16, context=72, filter_ratio=0.8, n_chunks=8,
         curated_fraction=0.25, reference_noise=0.0, steps=400, active_steps=200,
         reference_steps=600, batch_size=64, eval_every=50, learning_rate=1e-3,
         reference_learning_rate=2e-3),

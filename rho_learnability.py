@@ -175,7 +175,7 @@ def actor_loss(out, batch):
 
 
 def score(kind, online_B, reference_B):
-    """Score [B], higher is picked sooner.
+    """Score [B], higher is picked sooner, from losses [B]; what `kind` does not ask for may be None.
     hard-learner l(x|o); easy-reference -l(x|r); learnability l(x|o) - l(x|r), their sum."""
     return {"learnability": lambda: online_B - reference_B,
             "rho_loss": lambda: online_B - reference_B,  # with the learner itself as o
@@ -184,12 +184,15 @@ def score(kind, online_B, reference_B):
 
 
 def select(key, score_B, n, temperature=1.0, sampling="gumbel"):
-    """Indices [n] into the super-batch, in rising order, so that ratio 1 is the uniform run.
+    """Indices [n] into the super-batch, in rising order, so that ratio 1 is the uniform run. Want
+    n <= B and the same key on every device.
 
     'gumbel': n without replacement, each draw with probability softmax(score / T) over those left:
     the n largest of score / T + Gumbel noise. 'replacement': n independent draws. 'topk': T -> 0.
     A score that is not a number is never preferred (top_k would put it first).
     """
+    if sampling not in ("gumbel", "replacement", "topk"):
+        raise ValueError(f"sampling {sampling!r}: want 'gumbel', 'replacement' or 'topk'")
     logit_B = jnp.nan_to_num(score_B.astype(jnp.float32), nan=-jnp.inf) / temperature
     logit_B = jnp.clip(logit_B, -1e30, 1e30)  # finite, so that adding noise keeps an order
     if sampling == "replacement":

@@ -106,6 +106,8 @@ def open_source(dataset, split, *, data_dir=None, image_size=0, context=0, encod
     """
     if dataset == "toy":
         return _toy_source(split, image_size or 32, context, encode, dict(toy_knobs))
+    if dataset.startswith(("/", "./", "../", "~")) and not os.path.isdir(dataset):
+        raise ValueError(f"--dataset={dataset}: no such directory")
     import tensorflow_datasets as tfds  # here and not above: it takes seconds, and toy needs none
 
     try:

@@ -213,10 +213,14 @@ def _times(ratio) -> str:
     return f"{ratio:.3g}x" + (": slower" if ratio < 1 else "")
 
 
+def _crossed(s: dict) -> bool:
+    return s["reached"] == len(s["iterations_per_seed"])
+
+
 def _speedup_line(arm: str, baseline: str, s: dict) -> str:
     n = len(s["iterations_per_seed"])
     best = f"{baseline}'s best {_float(s['target']):.3f}"
-    if s["reached"] < n:
+    if not _crossed(s):
         return f"{arm}: {best} never reached by {n - s['reached']} of {n} seeds"
     totals = [f"{k.replace('_', ' ')} {_times(s[k])}" for k in list(s)[2:-2]]
     flops = [_times(ratio) for ratio in s["flops"].values()]
@@ -252,7 +256,7 @@ def table(summary: dict) -> str:
                  for k in KINDS if f"picked_{k}" in mean and f"pool_{k}" in mean]
         if picks:
             text.append(f"{arm} picked " + ", ".join(picks))
-    if any(s["reached"] == len(s["iterations_per_seed"]) for s in summary["speedup"].values()):
+    if any(map(_crossed, summary["speedup"].values())):
         text.append("(the arm's schedule has not decayed where it crosses; the baseline's has)")
     return "\n".join(text).rstrip()
 
@@ -353,7 +357,7 @@ def curves(rows, summary: dict, path):
     fig.legend(*axes[0].get_legend_handles_labels(), loc="upper left", ncols=len(arms),
                bbox_to_anchor=(0.065, 0.905), borderpad=0, borderaxespad=0, frameon=False,
                fontsize=12, handlelength=1.5, columnspacing=1.6)
-    fig.subplots_adjust(left=0.065, right=0.93, bottom=0.14, top=0.82, wspace=0.12)
+    fig.subplots_adjust(left=0.065, right=0.92, bottom=0.14, top=0.82, wspace=0.12)
     fig.savefig(path)
 
 
@@ -417,8 +421,9 @@ def draw_picks(rows, ids, score_B, pick_S, *, pool, arm, path, columns=12):
             if c == 0:
                 ax.set_ylabel(title, fontsize=12)
     selection_curves(fig.add_subplot(grid[3, :]), rows)
-    fig.suptitle(f"What {arm} takes and leaves of one super-batch, after training: score above, "
-                 "the label or caption as given below; orange: it is wrong")
+    fig.suptitle(f"What {arm} takes and leaves of one super-batch, after training. Above an image "
+                 "its score, below it the label or caption it came with, in orange where that is "
+                 "wrong")
     fig.savefig(path, dpi=110)
 
 

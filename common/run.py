@@ -5,6 +5,7 @@ Flags are defined here for the three scripts alike; a script adds its own and re
 
 import collections
 import json
+import logging as py_logging
 import os
 import platform
 import signal
@@ -68,6 +69,10 @@ def dataset_name(dataset):
 def main(script_main):
     """`app.run`, where bad input (ValueError), a loss that is not finite (FloatingPointError) and a
     stop that was asked for (Stopped) end with one line on stderr; DEBUG=1 shows the traceback."""
+    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    logging.get_absl_handler().addFilter(  # what jax and optax tell of themselves
+        lambda record: record.levelno > py_logging.INFO or record.pathname.startswith(ours))
+
     def guarded(argv):
         codes = {ValueError: 2, FloatingPointError: 3, Stopped: 130}
         try:
@@ -142,12 +147,16 @@ class Namespace(dict):
 def open_workdir(config):
     """Makes the work directory, or checks that it was made with the same flags.
 
-    Raises: ValueError naming the flags that differ (those in FREE may).
+    Raises: ValueError naming the flags that differ (those in FREE may), or the other script.
     """
-    path = os.path.join(config.workdir, "config.json")
+    path, script = os.path.join(config.workdir, "config.json"), os.path.basename(sys.argv[0])
     mine = {k: v for k, v in config.items() if k not in FREE}
     if os.path.exists(path):
-        theirs = json.load(open(path))["flags"]
+        old = json.load(open(path))
+        if old.get("script", script) != script:
+            raise ValueError(f"--workdir={config.workdir} belongs to a run of {old['script']}: "
+                             "name another --workdir")
+        theirs = old["flags"]
         differ = [f"--{k} (was {theirs.get(k)}, now {mine.get(k)})" for k in {**theirs, **mine}
                   if k not in FREE and theirs.get(k) != mine.get(k)]
         if differ:
@@ -159,7 +168,7 @@ def open_workdir(config):
         except OSError as e:
             raise ValueError(f"--workdir={config.workdir}: {e.strerror}") from None
         report.write_json(path, {
-            "flags": dict(config), "command": " ".join(sys.argv),
+            "script": script, "flags": dict(config), "command": " ".join(sys.argv),
             "python": platform.python_version(),
             "jax": jax.__version__, "commit": commit(), "machine": platform.machine(),
             "hosts": jax.process_count(),
@@ -254,6 +263,12 @@ class Books:
         means = {k: v / max(self.count, 1) for k, v in self.sums.items()}
         self.sums, self.count = {}, 0
         return means
+
+    def tell(self, step, loss):
+        """A line in the log where no progress bar is drawn: stderr is no terminal."""
+        if self._bar.disable:
+            logging.info("%s: step %d of %d, loss %.4g, %.0f s", self.name, step,
+                         self._bar.total // self.per_step, loss, self.seconds)
 
     def close(self):
         self._bar.close()

@@ -8,6 +8,7 @@ import json
 import os
 import time
 
+from absl import logging
 import jax
 import numpy as np
 
@@ -35,6 +36,8 @@ def fit(name, seed, step, state, key, batches, *, steps, batch_size, n_scored, p
         return state
     if jax.process_index() == 0:
         metrics_file.rewind(name, seed, before["step"] + start)
+        if start:
+            logging.info("%s seed %d: going on from its checkpoint of step %d", name, seed, start)
     state = devices.to_host(state)  # no two leaves share a buffer that is donated
     books = run.Books(f"{name} seed {seed}", steps, batch_size, books)
     save_every = config.checkpoint_every or config.eval_every
@@ -59,6 +62,7 @@ def fit(name, seed, step, state, key, batches, *, steps, batch_size, n_scored, p
                        **metrics_of(state), **(at_end(state) if at_end and done == steps else {})}
                 if jax.process_index() == 0:
                     metrics_file.append(row)
+                    books.tell(done, row["loss"])
             if done % save_every == 0 or done == steps or stopping:
                 books.stop_clock()
                 saved.save(done, state, {**books.state(), "flops": report.total_flops(flops)})

@@ -65,6 +65,9 @@ def test_a_run_leaves_what_the_interface_says(finished):
     assert {p.name for p in workdir.iterdir()} >= {
         "config.json", "metrics.jsonl", "summary.json", "curves.png", "picks.png", "checkpoints"}
     assert not done.errors and "Traceback" not in done.stderr
+    for arm in ("uniform", "reference", "learnability"):  # where there is no progress bar
+        assert re.search(rf"\] {arm} seed 0: step 9 of 9, loss \d", done.stderr)
+    assert "jax" not in done.stderr and "optax" not in done.stderr  # what they tell of themselves
 
     config = json.loads((workdir / "config.json").read_text())
     assert config["flags"]["steps"] == 9 and config["flags"]["label_noise"] == 0.4  # the preset's
@@ -274,7 +277,7 @@ REFUSED = {  # flags, then what the line must name: the flag or file, and the me
     "stray argument": (["steps=3"], "'steps=3'", "--name=value"),
     "set that is not prepared": (["--dataset=mnist", "--data_dir={empty}"], "--dataset=mnist",
                                  "not prepared", "pip install tensorflow", "--data_dir"),
-    "path that is not there": (["--dataset={empty}/nowhere/1.0.0"], "--dataset=.*nowhere"),
+    "path that is not there": (["--dataset={empty}/nowhere/1.0.0"], "--dataset=.*nowhere", "no such"),
     "directory that is no set": (["--dataset={empty}"], "--dataset="),
     "no captions": (["--dataset={labelled}", "--image_size=16", *IMAGE_TEXT], "--dataset",
                     "no feature 'caption'", "label", "--task"),
@@ -407,7 +410,8 @@ def test_signals_save_and_say_how_to_go_on(command, extended, tmp_path):
         step, = re.search(r"after step (\d+) of " + arm, line).groups()
         assert 3 < int(step) < 9 and trained(workdir, f"{arm}-0")[0] == int(step)
         assert not (workdir / "summary.json").exists()
-    command.good(*TINY, THREE, f"--workdir={workdir}")
+    done = command.good(*TINY, THREE, f"--workdir={workdir}")
+    assert f"hard_learner seed 0: going on from its checkpoint of step {step}" in done.stderr
     assert_same_run(workdir, extended)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 
@@ -84,3 +85,12 @@ def test_a_copy_gives_what_the_script_gives(values, copy):
     want = np.asarray(eval(COPIES[copy], {**place, **vars(script), **{
         k: place[k] for k in ("a", "b", "c", "d", "side", "key")}}))
     np.testing.assert_allclose(values[copy], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("copy", COPIES, ids=lambda c: c[1])
+def test_the_readme_says_what_comes_along(copy):
+    script, *names = copy
+    needed = re.findall(r"^(?:def )?(\w+)(?=\(| =)", copied(script, names), re.M)
+    code = lambda some: ", ".join(f"`{name}`" for name in some)
+    row = f"| {script}.py | {code(names)} | {code(n for n in needed if n not in names) or '-'} |"
+    assert row in (ROOT / "README.md").read_text()

@@ -475,7 +475,7 @@ def test_captions_are_found_by_name(prepare, name):
     ({"split": "val"}, ("split", "'val'", "train, test")),
     ({"split": "train[:0]"}, ("split", "'train[:0]'", "no example")),
     ({"split": "train[:10%]+test"}, ("split", "'train[:10%]+test'")),
-    ({"dataset": "/nowhere/at/all"}, ("--dataset=/nowhere/at/all",)),
+    ({"dataset": "/nowhere/at/all"}, ("--dataset=/nowhere/at/all", "no such directory")),
     ({"dataset": "."}, ("--dataset=.",)),
     ({"dataset": "no_such_data_set"}, ("--dataset=no_such_data_set",)),
     ({"dataset": "mnist"}, ("--dataset=mnist", "not prepared", "pip install", "--data_dir")),

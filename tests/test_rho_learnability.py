@@ -305,6 +305,11 @@ def test_topk_takes_the_highest_scores_and_no_key_changes_it(seed):
     assert set(picks.tolist()) == slow_rho.top_k(scores, 5)
 
 
+def test_no_other_sampling_is_taken_for_topk():
+    with pytest.raises(ValueError, match="'softmax'.*gumbel"):
+        rho.select(jax.random.key(0), SCORES, 3, sampling="softmax")
+
+
 jitted_select = jax.jit(rho.select, static_argnums=(2, 4))
 any_float = st.floats(width=32, allow_nan=False, min_value=-1e6, max_value=1e6)
 

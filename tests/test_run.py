@@ -147,6 +147,16 @@ def test_a_flag_that_is_new_or_gone_differs_too(tmp_path):
         run.open_workdir(config_for(tmp_path, new=2))
 
 
+def test_a_work_directory_of_another_script(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["there/one.py"])
+    run.open_workdir(config_for(tmp_path, old=1))
+    monkeypatch.setattr(sys, "argv", ["two.py"])
+    with pytest.raises(ValueError) as error:
+        run.open_workdir(config_for(tmp_path, new=2))
+    message = str(error.value)
+    assert "--workdir=" in message and "a run of one.py" in message and "--old" not in message
+
+
 # ---------------------------------------------------------------------------------- clock, sums
 
 
