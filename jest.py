@@ -699,6 +699,43 @@ def new_state(key, model, optimiser):
     return {"params": params, "opt": optimiser.init(params)}
 
 
+def make_arm(arm, config, model, reference_model):
+    """'steps', 'optimiser', 'step' (`jest_step`) and 'look' (`diagnose`) of an arm, or of the
+    'reference', whose training is a uniform run."""
+    method, kind = ("uniform", "learnability") if arm == "reference" else split_arm(arm)
+    if arm == "reference":
+        steps, rate = config.reference_steps or config.steps, config.reference_learning_rate
+        model = reference_model
+    elif method == "uniform":
+        steps, rate = config.steps, config.learning_rate
+    else:
+        steps = config.active_steps or config.steps
+        rate = config.active_learning_rate or config.learning_rate
+    optimiser = adam(rate, steps, warmup=config.warmup, weight_decay=config.weight_decay,
+                     b2=config.beta2, clip_norm=config.clip_norm)
+    knobs = dict(kind=kind, model=model, reference_model=reference_model,
+                 n_select=config.batch_size, n_chunks=config.n_chunks, first=config.first_chunk,
+                 temperature=config.temperature, independent_score=config.independent_score,
+                 low_patch=config.low_patch if method == "flexi_jest" else 0)
+    step = functools.partial(jest_step, method=method, optimiser=optimiser, cotrain=config.cotrain,
+                             **knobs)
+    return run.Namespace(
+        steps=steps, optimiser=optimiser,
+        step=devices.Program(step, (None, None, None, 0), donate=True),
+        look=devices.Program(functools.partial(diagnose, **knobs), (None, None, 0)))
+
+
+def arm_cost(arm, reuse=False, *, config, model, reference_model):
+    """`step_flops` of an arm."""
+    method, kind = split_arm(arm)
+    computed = config.reference_scores == "computed"
+    return step_flops(
+        method, kind, config.batch_size, super_batch_size(config), forward_flops(model),
+        F_low=forward_flops(cut_at(model, config.low_patch)) if method == "flexi_jest" else 0,
+        F_reference=forward_flops(reference_model) if computed else 0, n_chunks=config.n_chunks,
+        embed=config.embed, cotrain=config.cotrain, reuse=reuse)
+
+
 def embed_pool(params, pool, forward, batch_size, path):
     """The reference's embeddings of a whole pool, {'image', 'text'} [len(pool), E], in the order of
     its ids, and the seconds they took; cached in the file `path`."""
@@ -741,13 +778,7 @@ def main():
                          f"{curated_source.image_shape}, not {source.image_shape}: give "
                          "--image_size")
     like = jax.eval_shape(lambda: init(jax.random.key(0), reference_model))
-    for seed in config.seeds:  # what was given is looked at before any work is done
-        made_by, cache = {}, (config.score_cache or "").format(seed=seed)
-        if config.reference != "curated":
-            made_by["weights"] = stage.digest(checkpoint.restore_params(
-                config.reference.format(seed=seed), like, "reference")[0])
-        if os.path.exists(cache):
-            stage.read_cache(cache, made_by)
+    stage.check_given(config, like, trains=("curated",))
     run.open_workdir(config)
     data.warn_of_lengths(source, encode, config.context)
 
@@ -758,40 +789,10 @@ def main():
     if test_source.class_names and "label" in test_source.read(test_source.ids[:1]):
         class_tokens = np.stack([data.tokenize(config.prompt.format(name), config.context, encode)
                                  for name in test_source.class_names])
-    b, B = config.batch_size, super_batch_size(config)
-    F, F_reference = forward_flops(model), forward_flops(reference_model)
-    rule = functools.partial(adam, warmup=config.warmup, weight_decay=config.weight_decay,
-                             b2=config.beta2, clip_norm=config.clip_norm)
-    common = dict(model=model, reference_model=reference_model, n_select=b,
-                  n_chunks=config.n_chunks, first=config.first_chunk,
-                  temperature=config.temperature, independent_score=config.independent_score)
-    low_patch = {arm: config.low_patch if arm.startswith("flexi_jest") else 0
-                 for arm in config.arms}
-    steps = {"reference": config.reference_steps or config.steps}
-    optimisers = {"reference": rule(config.reference_learning_rate, steps["reference"])}
-    programs = {"reference": devices.Program(functools.partial(
-        jest_step, method="uniform", kind="learnability", optimiser=optimisers["reference"],
-        **{**common, "model": reference_model}), (None, None, None, 0), donate=True)}
-    looks = {}
-    for arm in config.arms:
-        method, kind = split_arm(arm)
-        active = method != "uniform"
-        steps[arm] = (active and config.active_steps) or config.steps
-        optimisers[arm] = rule((active and config.active_learning_rate) or config.learning_rate,
-                               steps[arm])
-        programs[arm] = devices.Program(functools.partial(
-            jest_step, method=method, kind=kind, optimiser=optimisers[arm],
-            low_patch=low_patch[arm], cotrain=config.cotrain, **common),
-            (None, None, None, 0), donate=True)
-        looks[arm] = devices.Program(functools.partial(
-            diagnose, kind=kind, low_patch=low_patch[arm], **common), (None, None, 0))
-
-    def cost(arm, reuse=False):
-        method, kind = split_arm(arm)
-        F_low = forward_flops(cut_at(model, config.low_patch)) if method == "flexi_jest" else 0
-        return step_flops(method, kind, b, B, F, F_low=F_low, n_chunks=config.n_chunks,
-                          F_reference=F_reference * (config.reference_scores == "computed"),
-                          embed=config.embed, cotrain=config.cotrain, reuse=reuse)
+    b, B, F_reference = config.batch_size, super_batch_size(config), forward_flops(reference_model)
+    made = {arm: make_arm(arm, config, model, reference_model)
+            for arm in ("reference", *config.arms)}
+    cost = functools.partial(arm_cost, config=config, model=model, reference_model=reference_model)
 
     def load(pool, seed, start, stop_at, n, given):
         """Sharded batches of n pairs, with what the reference said of them."""
@@ -809,15 +810,15 @@ def main():
                                class_tokens)
             return metrics | (look(state)[0] if look else {})
         return stage.fit(
-            name, seed, programs[name], state, key,
-            lambda start: load(pool, seed, start, steps[name], n_scored, given),
-            steps=steps[name], batch_size=b, n_scored=n_scored, per_step=per_step, config=config,
-            stop=stop, metrics_file=metrics_file, metrics_of=metrics_of, **rest)
+            name, seed, made[name].step, state, key,
+            lambda start: load(pool, seed, start, made[name].steps, n_scored, given),
+            steps=made[name].steps, batch_size=b, n_scored=n_scored, per_step=per_step,
+            config=config, stop=stop, metrics_file=metrics_file, metrics_of=metrics_of, **rest)
 
     def frozen_reference(seed, curated, pool, key_init, key_steps):
         """Weights, cached embeddings of `pool` (or None), FLOPs by role and seconds of it all."""
         if config.reference == "curated":
-            state = {"learner": new_state(key_init, reference_model, optimisers["reference"])}
+            state = {"learner": new_state(key_init, reference_model, made["reference"].optimiser)}
             train("reference", seed, curated, state, key_steps, reference_model, one_off={},
                   setup_seconds=0.0, per_step={"reference_training": 3 * b * F_reference})
             where = os.path.join(config.workdir, "checkpoints", f"reference-{seed}")
@@ -847,36 +848,30 @@ def main():
         reference = None
         for arm in config.arms:
             method, kind = split_arm(arm)
-            state = {"learner": new_state(key_init, model, optimisers[arm])}
+            state = {"learner": new_state(key_init, model, made[arm].optimiser)}
             pool, n, given, one_off, seconds, look = whole, b, None, {}, 0.0, None
-            if method != "uniform":
-                pool, n = rest, B
-                if reference is None:
-                    reference = frozen_reference(seed, curated, rest, key_reference, key_steps)
+            if method != "uniform" and "reference" in SCORES[kind]:
+                reference = reference or frozen_reference(seed, curated, rest, key_reference,
+                                                          key_steps)
                 params, given, one_off, seconds = reference
                 state["reference"] = affine(params) if given else params
-                if "reference" not in SCORES[kind]:
-                    one_off, seconds = {}, 0.0
-                batch = next(load(pool, seed, steps[arm], steps[arm] + 1, B, given))
-                look = lambda state, batch=batch, arm=arm: jax.device_get(looks[arm](
+            if method != "uniform":
+                pool, n = rest, B
+                batch = next(load(pool, seed, made[arm].steps, made[arm].steps + 1, B, given))
+                look = lambda state, batch=batch, arm=arm: jax.device_get(made[arm].look(
                     state, key_steps, batch))
             state = train(arm, seed, pool, state, key_steps, model, n_scored=n, given=given,
                           look=look, one_off=one_off, setup_seconds=seconds, per_step=cost(arm))
-            if look and (shown is None or (method == "jest" and shown[0] == "independent")):
-                shown = arm, seed, pool, look(state)[1:]
+            if look and (shown is None or (method == "jest" and shown["arm"] == "independent")):
+                _, score_B, pick_S = look(state)
+                shown = dict(arm=arm, pool=pool, score_B=score_B, pick_S=pick_S,
+                             ids=data.batch_ids(pool.ids, seed, made[arm].steps, B))
 
     if jax.process_index() == 0:
-        rows = [r for r in metrics_file.rows() if r["arm"] != "reference"]
-        summary = report.summarise(rows, script="jest", arms=config.arms, metric="recall@10",
-                                   dataset=run.dataset_name(config.dataset))
-        report.write_json(os.path.join(config.workdir, "summary.json"), summary)
-        report.curves(rows, summary, os.path.join(config.workdir, "curves.png"))
-        if shown:
-            arm, seed, pool, (score_B, pick_S) = shown
-            report.draw_picks(rows, data.batch_ids(pool.ids, seed, steps[arm], B), score_B, pick_S,
-                              pool=pool, arm=arm, path=os.path.join(config.workdir, "picks.png"))
-        print(report.table(summary), report.bill(summary), iteration_cost(config.arms, cost),
-              sep="\n\n")
+        report.conclude(metrics_file.rows(), config.workdir, picks=shown, script="jest",
+                        arms=config.arms, metric="recall@10",
+                        dataset=run.dataset_name(config.dataset))
+        print("", iteration_cost(config.arms, cost), sep="\n")
 
 
 if __name__ == "__main__":

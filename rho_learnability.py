@@ -175,7 +175,7 @@ def actor_loss(out, batch):
 
 
 def score(kind, online_B, reference_B):
-    """Score [B], higher is picked sooner, from losses [B]; what `kind` does not ask for may be None.
+    """Score [B] from losses [B], of which `kind` may not need one; higher is picked sooner.
     hard-learner l(x|o); easy-reference -l(x|r); learnability l(x|o) - l(x|r), their sum."""
     return {"learnability": lambda: online_B - reference_B,
             "rho_loss": lambda: online_B - reference_B,  # with the learner itself as o
@@ -412,7 +412,7 @@ def score_pool(params, pool, forward, batch_size, path):
 
 
 def choose(arm, seed, pool, state, losses, config, learner, proxy, optimisers, n):
-    """Scores and picks on one more super-batch, after the last step: (ids [B], score [B], pick)."""
+    """Scores and picks on one more super-batch, after the last step: what picks.png shows."""
     index = config.steps  # the same super-batch for every arm
     batch = next(data.batches(pool, seed=seed, batch_size=n, start=index, stop=index + 1,
                               host=devices.host()))
@@ -429,7 +429,7 @@ def choose(arm, seed, pool, state, losses, config, learner, proxy, optimisers, n
     batch = {k: v for k, v in batch.items() if k in ("image", "label", "tokens", "reference_loss")}
     score_B, pick_S = jax.device_get(devices.pmap(pick, (None, None, 0))(
         state, jax.random.fold_in(jax.random.key(seed), index), devices.shard(batch)))
-    return ids, score_B, pick_S
+    return dict(arm=arm, pool=pool, ids=ids, score_B=score_B, pick_S=pick_S)
 
 
 # --------------------------------------------------------------------------------------- main
@@ -546,13 +546,7 @@ def main():
         toy_knobs=run.toy_knobs(config)) for split in (config.split, config.eval_split))
     learner, proxy = build_models(config, source)
     like = jax.eval_shape(lambda: init(jax.random.key(0), proxy))
-    for seed in config.seeds:  # what was given is looked at before any work is done
-        made_by, cache = {}, (config.score_cache or "").format(seed=seed)
-        if config.reference not in ("in_domain", "held_out", "online"):
-            made_by["weights"] = stage.digest(checkpoint.restore_params(
-                config.reference.format(seed=seed), like, "reference")[0])
-        if os.path.exists(cache):
-            stage.read_cache(cache, made_by)
+    stage.check_given(config, like, trains=("in_domain", "held_out", "online"))
     run.open_workdir(config)
     metrics_file = report.MetricsFile(os.path.join(config.workdir, "metrics.jsonl"))
     stop, forwards = run.Stop(), {m: make_forward(m) for m in (learner, proxy)}
@@ -630,19 +624,11 @@ def main():
             if shown is None and arm != "uniform":
                 shown = (arm, seed, rest, state, losses)
 
-    if shown:
-        chosen = choose(*shown, config, learner, proxy, programs[shown[0]][1], B)
+    picks = shown and choose(*shown, config, learner, proxy, programs[shown[0]][1], B)
     if jax.process_index() == 0:
-        rows = [r for r in metrics_file.rows() if r["arm"] != "reference"]
-        summary = report.summarise(rows, script="rho_learnability", arms=config.arms,
-                                   dataset=run.dataset_name(config.dataset),
-                                   metric="recall@10" if text else "accuracy")
-        report.write_json(os.path.join(config.workdir, "summary.json"), summary)
-        report.curves(rows, summary, os.path.join(config.workdir, "curves.png"))
-        if shown:
-            report.draw_picks(rows, *chosen, pool=shown[2], arm=shown[0],
-                              path=os.path.join(config.workdir, "picks.png"))
-        print(report.table(summary), report.bill(summary), sep="\n\n")
+        report.conclude(metrics_file.rows(), config.workdir, picks=picks, arms=config.arms,
+                        script="rho_learnability", dataset=run.dataset_name(config.dataset),
+                        metric="recall@10" if text else "accuracy")
 
 
 if __name__ == "__main__":

@@ -277,6 +277,19 @@ def bill(summary: dict) -> str:
     return _columns(lines)
 
 
+def conclude(rows, workdir, *, picks=None, **of):
+    """Leaves summary.json, curves.png and, if there are `picks` (arguments of `draw_picks`),
+    picks.png, and prints the tables. `of`: arguments of `summarise`; the rows of the stage
+    'reference' are no arm's."""
+    rows = [r for r in rows if r["arm"] != "reference"]
+    summary = summarise(rows, **of)
+    write_json(os.path.join(workdir, "summary.json"), summary)
+    curves(rows, summary, os.path.join(workdir, "curves.png"))
+    if picks:
+        draw_picks(rows, path=os.path.join(workdir, "picks.png"), **picks)
+    print(table(summary), bill(summary), sep="\n\n")
+
+
 def finals(summary: dict, metrics) -> str:
     """The arms in rows, the mean over seeds of each of these metrics at the end; '-' for none."""
     lines = [["arm", *metrics]]

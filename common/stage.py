@@ -117,6 +117,21 @@ def read_cache(path, made_by, flag="score_cache"):
     return arrays, seconds
 
 
+def check_given(config, like, trains):
+    """Looks at a given --reference and --score_cache before any work is done. like: the reference's
+    parameters; trains: values of --reference for which the run trains its own.
+
+    Raises: ValueError naming the flag if one is missing, damaged, or does not fit.
+    """
+    for seed in config.seeds:
+        made_by, cache = {}, (config.score_cache or "").format(seed=seed)
+        if config.reference not in trains:
+            made_by["weights"] = digest(checkpoint.restore_params(
+                config.reference.format(seed=seed), like, "reference")[0])
+        if os.path.exists(cache):
+            read_cache(cache, made_by)
+
+
 def cached(path, params, pool, make, flag="score_cache", **also):
     """What a frozen model says of a whole pool, in the order of its ids, cached in the file `path`.
 
