@@ -772,6 +772,29 @@ def check_data(config, source, pools):
         check_hash(stage.read_cache(path, made_by, "assignment")[0], path)
 
 
+def budget(config, model, N):
+    """({'base' and each arm: steps by stage}, FLOPs of clustering), for a pool of N images."""
+    fractions = config.base_fraction, config.experts_fraction, config.distil_fraction
+    steps = plan("dnc", config.steps, fractions)
+    flops = declared_flops(
+        "dnc", steps, config.batch_size, model, K=config.clusters, n_all=N,
+        n_fit=min(config.kmeans_examples, N), restarts=config.restarts,
+        iterations=config.kmeans_iterations, n_views=config.distil_views)
+    equal = max(1, round(sum(flops.values()) / step_flops("base", config.batch_size, model)))
+    return ({arm: plan(arm, config.steps, fractions, equal) for arm in ("base", *config.arms)},
+            flops["clustering"])
+
+
+def load_batches(pool, cluster_N, expert, **how):
+    """Sharded batches for a stage: of cluster `expert` alone, or, if that is None, of all images,
+    each with its cluster if there are any. how: of `data.batches`."""
+    for batch in (data.batches(pool, **how) if expert is None else
+                  expert_batches(pool, cluster_N, expert, **how)):
+        if cluster_N is not None and expert is None:
+            batch["cluster"] = cluster_N[np.searchsorted(pool.ids, batch["id"])]
+        yield devices.shard({k: batch[k] for k in ("image", "label", "cluster") if k in batch})
+
+
 def make_steps(config, model, n_classes):
     """{'moclr', and 'distil' with so many experts}: Programs (state, index, key, sharded batch)."""
     shared = dict(model=model, optimiser=lars(config.weight_decay), warmup=config.warmup,
@@ -809,15 +832,7 @@ def main():
     metrics_file = report.MetricsFile(os.path.join(config.workdir, "metrics.jsonl"))
     stop, test_pool, forward = run.Stop(), data.Pool(test_source), make_forward(model)
     programs, optimiser = make_steps(config, model, n_classes), lars(config.weight_decay)
-    fractions = config.base_fraction, config.experts_fraction, config.distil_fraction
-    kmeans_knobs = dict(restarts=config.restarts, iterations=config.kmeans_iterations)
-    declared = functools.partial(
-        declared_flops, b=b, model=model, K=K, n_all=N, **kmeans_knobs,
-        n_fit=min(config.kmeans_examples, N), n_views=config.distil_views)
-    whole = sum(declared("dnc", plan("dnc", config.steps, fractions)).values())
-    steps_of = {arm: plan(arm, config.steps, fractions,
-                          max(1, round(whole / step_flops("base", b, model))))
-                for arm in ("base", *config.arms)}
+    steps_of, clustering = budget(config, model, N)
 
     def train(name, seed, program, state, key, pool, role, *, cluster_N=None, expert=None,
               before=None, extra=None):
@@ -827,27 +842,15 @@ def main():
         metrics_of, at_end = evaluator(model, forward, (pool, test_pool), b, n_classes, extra or {})
         if expert is not None:
             metrics_of, at_end = lambda state: {}, None
-
-        def load(start):
-            how = dict(seed=seed, batch_size=b, start=start, stop=steps, host=devices.host())
-            for batch in (data.batches(pool, **how) if expert is None else
-                          expert_batches(pool, cluster_N, expert, **how)):
-                if cluster_N is not None and expert is None:
-                    batch["cluster"] = cluster_N[np.searchsorted(pool.ids, batch["id"])]
-                yield devices.shard({k: v for k, v in batch.items()
-                                     if k in ("image", "label", "cluster")})
+        load = lambda start: load_batches(pool, cluster_N, expert, seed=seed, batch_size=b,
+                                          start=start, stop=steps, host=devices.host())
         n_experts = len(state["learner"]["params"].get("heads", [0])) - 1
         state = stage.fit(
             name, seed, programs[program], state, key, load, steps=steps, batch_size=b, n_scored=b,
             per_step={role: step_flops(role, b, model, K=n_experts, n_views=config.distil_views)},
             one_off={}, setup_seconds=0.0, metrics_of=metrics_of, at_end=at_end, before=before,
             config=config, metrics_file=metrics_file, stop=stop)
-        row = next((r for r in metrics_file.rows()[::-1]
-                    if (r["arm"], r["seed"]) == (name, seed)), None)
-        if jax.process_index() == 0 and row is None:
-            raise ValueError(f"{metrics_file.path} lacks {name}, seed {seed}, which is trained: "
-                             f"delete {config.workdir}")
-        return state, row
+        return state, metrics_file.last(name, seed) if jax.process_index() == 0 else None
 
     def experts_of(arm, seed, pool, cluster_N, base, row, keys):
         """(frozen encoders, last row) of the experts of an arm, one after the other, each on all
@@ -879,20 +882,20 @@ def main():
         base_and_row = None
         for arm in config.arms:
             steps, experts, extra, cluster_N = steps_of[arm], [], {}, None
-            if not (base_and_row and steps["distil"]):
-                trained = train("base" if steps["distil"] else arm, seed, "moclr", new_state(
-                    key_init, model, optimiser, steps["base"]), key_steps, pool, "base")
-            if not steps["distil"]:
+            first = new_state(key_init, model, optimiser, steps["base"])
+            if not steps["distil"]:  # moclr, moclr_flops
+                train(arm, seed, "moclr", first, key_steps, pool, "base")
                 continue
-            base, row = base_and_row = base_and_row or trained
+            base, row = base_and_row = base_and_row or train(
+                "base", seed, "moclr", first, key_steps, pool, "base")
             if arm in ("dnc", "dnc_random"):
                 cluster_N, took = clusters(
                     path, key_divide, encoder_of(base), forward, pool, b, K, seed=seed,
-                    examples=config.kmeans_examples, **kmeans_knobs)
+                    examples=config.kmeans_examples, restarts=config.restarts,
+                    iterations=config.kmeans_iterations)
                 row = row and {**row, "seconds": row["seconds"] + took,
                                "examples_scored": row["examples_scored"] + len(pool),
-                               "flops": {**row["flops"],
-                                         "clustering": declared(arm, steps)["clustering"]}}
+                               "flops": {**row["flops"], "clustering": clustering}}
             if arm in DIVIDES:
                 cluster_N = partition(arm, cluster_N, label_N, K, seed)
                 extra = {"nmi": probe.nmi(cluster_N, label_N)}

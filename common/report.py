@@ -83,6 +83,14 @@ class MetricsFile:
     def rows(self) -> list:
         return [json.loads(line) for line in self._whole().splitlines()]
 
+    def last(self, arm: str, seed: int) -> dict:
+        """The row that a trained (arm, seed) ended with. Raises: ValueError if there is none."""
+        mine = [r for r in self.rows() if (r["arm"], r["seed"]) == (arm, seed)]
+        if not mine:
+            raise ValueError(f"{self.path} lacks {arm}, seed {seed}, which is trained: delete "
+                             f"{self.path.parent}")
+        return mine[-1]
+
     def append(self, row: dict):
         line = json.dumps(_plain(row), allow_nan=False).encode() + b"\n"
         with open(self.path, "a+b") as f:
