@@ -40,7 +40,7 @@ def unit(x_ND):
 
 def linear_probe(train_ND, label_N, test_MD, n_classes, *, decays=DECAYS, held_out=0.2):
     """(class [M] of each test feature, the decay chosen). Features are standardised by the training
-    features' mean and deviation; every k-th one is held out to choose the decay."""
+    features' mean and deviation; a random part, `held_out`, is kept back to choose the decay."""
     x_ND, mean_D = np.asarray(train_ND, np.float32), np.mean(train_ND, 0)
     scale_D = 1 / (np.std(x_ND, 0) + 1e-6)
     x_ND, test_MD = (x_ND - mean_D) * scale_D, (np.asarray(test_MD) - mean_D) * scale_D
