@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import augment, data, devices, probe, report, resnet
+from common import augment, data, devices, probe, report, resnet, run
 import dnc
 import slow_dnc
 from test_rho_learnability import assert_trees_equal, sharded
@@ -108,6 +108,25 @@ def test_a_residual_block_starts_as_its_shortcut_and_bf16_is_close():
     np.testing.assert_allclose(full, half, rtol=0.1, atol=0.05)
 
 
+def test_published_flops():
+    """He et al.'s ResNet-18, and ResNet-50 with the stride in its 3 x 3, in multiply-adds."""
+    for name, million in (("18", 1814), ("50", 4087)):
+        got = resnet.resnet_flops(resnet.ResNet(name, 224)) / 2e6
+        assert got == pytest.approx(million, rel=1e-3)
+
+
+def test_a_block_s_convolutions_have_a_relu_between():
+    config = resnet.ResNet("14/4", 16)
+    layers = resnet.convs(config, 4, 4, 4, 1)
+    one = {"w": np.zeros((3, 3, 4, 4), np.float32), "norm": resnet.norm_init(4)[0]}
+    one["w"][1, 1] = -np.eye(4)  # the identity, negated
+    stats = resnet.norm_init(4)[1]
+    x = np.abs(normal(0, 2, 5, 5, 4))
+    y, _ = resnet.block({"conv0": one, "conv1": one}, {"conv0": stats, "conv1": stats}, x, layers,
+                        False)
+    np.testing.assert_allclose(y, x, rtol=1e-5)  # all that the first gives is below 0
+
+
 # ------------------------------------------------------------------------------- augmentation
 
 
@@ -176,6 +195,50 @@ def test_crop_flip_blur_solarise():
     assert 8 < solarised.sum() < 32
     grey = two_views(jax.random.key(0), jnp.arange(2), images(2, channels=1), VIEWS)[0]
     assert grey.shape[-1] == 3
+
+
+def test_crops_have_their_area_and_aspect_anywhere():
+    """Read off the slopes of two ramps, one across and one down, and where their middles are."""
+    ramp = np.linspace(0, 1, 32, dtype=np.float32)
+    image = np.stack([*np.meshgrid(ramp, ramp), np.ones((32, 32), np.float32)], -1)
+    crops = np.asarray(jax.jit(jax.vmap(lambda key: augment.crop(key, image, 0.3)))(
+        jax.random.split(jax.random.key(0), 200)))
+    width = np.diff(crops[:, 16, 8:24, 0]).mean(1) * 31
+    height = np.diff(crops[:, 8:24, 16, 1]).mean(1) * 31
+    assert 0.28 < (width * height).min() < 0.35 and (width * height).max() > 0.85
+    some = np.maximum(width, height) < 0.97  # none of their sides was cut
+    aspect = (width / height)[some]
+    assert 0.73 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.37
+    assert abs(np.corrcoef(crops[some, 16, 16, 0], crops[some, 16, 16, 1])[0, 1]) < 0.3
+
+
+def test_a_view_is_the_transforms_in_byol_s_order():
+    """One image, each transform as it is, with the keys that `view` gives them."""
+    image = images(1, side=16)[0] / np.float32(255)
+    views = augment.Views(0.3, 1.0, (0.1, 0.9), (0.9, 0.1))
+    kinds = set()
+    for seed, v in itertools.product(range(12), (0, 1)):
+        keys = jax.random.split(jax.random.key(seed), 5)
+        happens = lambda key, p: bool(jax.random.bernoulli(key, p))
+        x = augment.crop(keys[0], image, 0.3)
+        flip, solarise = happens(keys[1], 0.5), happens(keys[4], views.solarise[v])
+        x = augment.recolour(keys[2], x[:, ::-1] if flip else x, 1.0)
+        key_draw, key_blur = jax.random.split(keys[3])
+        blur = happens(key_draw, views.blur[v])
+        x = np.asarray(augment.blur(key_blur, x) if blur else x)
+        x = np.where(x >= 0.5, 1 - x, x) if solarise else x
+        got = augment.view(jax.random.key(seed), image, views, v)
+        assert (np.abs(got - (2 * x - 1)) < 1e-4).mean() > 0.99  # rounding may cross 0.5
+        kinds.add((v, flip, blur, solarise))
+    assert {(0, True, False, True), (1, True, True, False)} <= kinds
+
+
+def test_blur_reaches_a_twentieth_of_the_side():
+    dot = np.zeros((60, 60, 3), np.float32)
+    dot[30, 30] = 1
+    wide = max((augment.blur(jax.random.key(s), dot) for s in range(5)), key=lambda x: x[30, 33, 0])
+    assert (wide[30, 27:34] > 0).all() and (wide[30, :27] == 0).all() and (wide[30, 34:] == 0).all()
+    np.testing.assert_allclose(wide[30, :, 0], wide[:, 30, 0], rtol=1e-5)
 
 
 # -------------------------------------------------------------------------------------- MoCLR
@@ -294,6 +357,31 @@ def test_the_target_follows_the_updated_learner(on_devices):
             assert_close(state["learner"]["params"], start["learner"]["params"], rtol=0, atol=0)
 
 
+def by_hand(on_devices, params, stats, view):
+    """`project` on one device, of a whole batch."""
+    return on_devices(1, lambda x: dnc.project(params, stats, x, MODEL),
+                      sharded(np.asarray(view), 1), in_axes=(0,))
+
+
+@pytest.mark.parametrize("same_view", [True, False])
+def test_the_loss_of_a_contrasting_step_is_the_slow_one(on_devices, same_view):
+    """Each view's online projection against the target network's of the other view."""
+    start, rows = dnc.new_state(jax.random.key(0), MODEL, OPTIMISER, 10), batch(8)
+    start["target"] = jax.tree.map(lambda x: x + 0.3 * normal(1, *x.shape), start["target"])
+    state, metrics = on_devices(1, lambda *args: contrast(*args, same_view_negatives=same_view),
+                                start, np.int32(3), jax.random.key(1), sharded(rows, 1),
+                                in_axes=(None, None, None, 0))
+    views = augment.two_views(jax.random.fold_in(jax.random.key(1), 3), jnp.arange(8),
+                              rows["image"], VIEWS)
+    stats, q, k = start["stats"], [], []
+    for view in views:
+        q_NE, stats = by_hand(on_devices, start["learner"]["params"], stats, view)
+        q, k = [*q, q_NE], [*k, by_hand(on_devices, start["target"], start["stats"], view)[0]]
+    np.testing.assert_allclose(metrics["loss"], slow_dnc.moclr_loss(*q, *k, 0.2, same_view),
+                               rtol=1e-4)
+    assert_close(state["stats"], stats, rtol=1e-4, atol=1e-5)  # of both views, in turn
+
+
 # ------------------------------------------------------------------------------------ k-means
 
 
@@ -363,7 +451,8 @@ def test_devices_tiles_and_filling_change_nothing(on_devices, n):
 def test_clusters_are_the_same_far_from_the_origin():
     """In float32, where |c|^2 is 2^24 times what tells the points apart."""
     x = np.round(64 * normal(3, 60, 4)) / 64  # so that moving them loses nothing
-    near, far = (dnc.kmeans(jax.random.key(3), jnp.array(x + at), 5, restarts=3) for at in (0, 4096))
+    near, far = (dnc.kmeans(jax.random.key(3), jnp.array(x + at), 5, restarts=3)
+                 for at in (0, 4096))
     np.testing.assert_allclose(far[1], near[1], rtol=1e-4)
     np.testing.assert_allclose(far[0] - 4096, near[0], atol=2e-3)
 
@@ -438,6 +527,62 @@ def test_every_batch_of_an_expert_is_from_its_cluster():
         resumed = [b["id"] for b in dnc.expert_batches(pool, cluster_N, j, seed=0, batch_size=8,
                                                        start=4, stop=6)]
         np.testing.assert_array_equal(seen[4:], resumed)
+
+
+def test_of_equal_centres_the_first_is_the_nearest():
+    centres = jnp.array([[9.0] * 3, [1.0] * 3, [1.0] * 3])
+    index = dnc.nearest(jnp.array(normal(0, 6, 3)), centres, jnp.ones(6))[0]
+    np.testing.assert_array_equal(index, np.ones(6))
+
+
+def test_rows_that_fill_up_are_no_new_centres():
+    """They are farther away than any point, and one centre starts where no point goes."""
+    x, centres = normal(5, 12, 3), np.float32([[0] * 3, [99] * 3])
+    filled, valid = np.concatenate([x, np.full((4, 3), -50, np.float32)]), np.arange(16) < 12
+    got = dnc.lloyd(jnp.array(filled), jnp.array(centres), 1, jnp.array(valid, jnp.float32))
+    np.testing.assert_allclose(got, slow_dnc.lloyd(x, centres, 1)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_lloyd_stops_where_no_centre_moves(monkeypatch):
+    x, nearest, passes = normal(5, 40, 3), dnc.nearest, []
+
+    def counted(*args):
+        jax.debug.callback(lambda: passes.append(0))
+        return nearest(*args)
+    monkeypatch.setattr(dnc, "nearest", counted)
+    centres = dnc.lloyd(jnp.array(x), jnp.array(x[:5]), 100, jnp.ones(40))
+    jax.effects_barrier()
+    assert 2 < len(passes) < 50
+    expected = slow_dnc.lloyd(x, x[:5], len(passes) - 1)[0]  # the last pass moved none
+    np.testing.assert_allclose(centres, expected, rtol=1e-5, atol=1e-5)
+    before = slow_dnc.lloyd(x, x[:5], len(passes) - 2)[0]
+    assert np.abs(centres - before).max() > 1e-3
+
+
+def test_clusters_go_by_direction_and_are_timed(monkeypatch, tmp_path):
+    rng, truth = np.random.default_rng(0), np.arange(60) % 3
+    h = 10 ** rng.uniform(-1, 1, (60, 1)) * (np.eye(3)[truth] + 0.05 * rng.normal(size=(60, 3)))
+    monkeypatch.setattr(dnc, "features", lambda *_: ({"h": np.float32(h)}, 100.0))
+    pool = data.Pool(data.open_source("toy", "train", image_size=8, toy_knobs=dict(n=60)))
+    cluster_N, seconds = dnc.clusters(str(tmp_path / "clusters.npz"), jax.random.key(0), {}, None,
+                                      pool, 8, 3, examples=60, restarts=4, iterations=10, seed=0)
+    assert probe.nmi(cluster_N, truth) == pytest.approx(1) and 100 < seconds < 200
+
+
+def test_divide_knows_its_examples_alone():
+    """Fitted on as many points as clusters, each of those has a cluster of its own."""
+    x = np.concatenate([normal(i, 30, 4) * 0.1 + 5 * normal(20 + i, 4) for i in range(3)])
+    seen = [dnc.divide(jax.random.key(0), x, 3, examples=3, restarts=1, iterations=2, seed=seed)[0]
+            for seed in range(3)]
+    truth = np.repeat(np.arange(3), 30)
+    assert min(probe.nmi(cluster_N, truth) for cluster_N in seen) < 0.9
+
+
+def test_the_oracle_places_the_largest_class_first():
+    """Of 9, 7, 6, 5, 5, 4 the first three open a group each, then the smallest group grows."""
+    label_N = np.random.default_rng(0).permutation(np.repeat(np.arange(6), [4, 5, 9, 6, 7, 5]))
+    oracle = dnc.partition("dnc_oracle", None, label_N, 3, 0)
+    assert sorted(np.bincount(oracle)) == [11, 12, 13]
 
 
 # ------------------------------------------------------------------------------- distillation
@@ -525,26 +670,6 @@ def test_distillation_on_four_devices_is_that_of_one(on_devices, n_views):
         assert_trees_equal(one[0][teacher], start[teacher])
 
 
-def test_the_loss_of_a_step_is_the_slow_one(on_devices):
-    start, rows = student([frozen(s) for s in range(3)]), batch(8)
-    _, metrics = on_devices(1, distil, start, np.int32(3), jax.random.key(1), sharded(rows, 1),
-                            in_axes=(None, None, None, 0))
-    view = augment.two_views(jax.random.fold_in(jax.random.key(1), 3), jnp.arange(8),
-                             rows["image"], VIEWS)[0]
-    params = start["learner"]["params"]
-    h = on_devices(1, lambda x: resnet.resnet_apply(
-        params["encoder"], start["stats"]["encoder"], x, MODEL.encoder, True)[0],
-        sharded(np.asarray(view), 1), in_axes=(0,))
-    heads = {k: np.asarray(dnc.head(p, h)) for k, p in params["heads"].items()}
-    own = np.stack([heads[f"expert{j}"] for j in range(3)], 1)
-    experts = [jax.tree.map(lambda x: x[j], start["experts"]) for j in range(3)]
-    to_own = np.stack([dnc.represent(e, view, MODEL) for e in experts])[
-        rows["cluster"], np.arange(8)]
-    expected = slow_dnc.distil_loss(heads["base"], own, dnc.represent(start["base"], view, MODEL),
-                                    to_own, rows["cluster"])
-    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
-
-
 def test_an_expert_teaches_its_own_cluster_only(on_devices):
     """Two experts differ; a batch without images of their clusters does not notice."""
     nets = [frozen(s) for s in range(3)]
@@ -558,6 +683,76 @@ def test_an_expert_teaches_its_own_cluster_only(on_devices):
     heads = a["learner"]["params"]["heads"], b["learner"]["params"]["heads"]
     assert not np.array_equal(heads[0]["expert1"]["down"]["b"], heads[1]["expert1"]["down"]["b"])
     assert_trees_equal(heads[0]["expert0"], heads[1]["expert0"])  # through the encoder only, later
+
+
+@pytest.mark.parametrize("n_views", [1, 2])
+def test_the_loss_of_a_step_is_the_slow_one_of_each_view(on_devices, n_views):
+    """Teachers see the view that the student sees."""
+    start, rows = student([frozen(s) for s in range(3)]), batch(8)
+    state, metrics = on_devices(1, lambda *args: distil(*args, n_views=n_views), start, np.int32(3),
+                                jax.random.key(1), sharded(rows, 1), in_axes=(None, None, None, 0))
+    views = augment.two_views(jax.random.fold_in(jax.random.key(1), 3), jnp.arange(8),
+                              rows["image"], VIEWS)[:n_views]
+    params, stats = start["learner"]["params"], start["stats"]["encoder"]
+    experts = [jax.tree.map(lambda x: x[j], start["experts"]) for j in range(3)]
+    losses = []
+    for view in views:
+        h, stats = on_devices(1, lambda x: resnet.resnet_apply(
+            params["encoder"], stats, x, MODEL.encoder, True), sharded(np.asarray(view), 1),
+            in_axes=(0,))
+        heads = {k: np.asarray(dnc.head(p, h)) for k, p in params["heads"].items()}
+        own = np.stack([heads[f"expert{j}"] for j in range(3)], 1)
+        to_own = np.stack([dnc.represent(e, view, MODEL) for e in experts])[
+            rows["cluster"], np.arange(8)]
+        losses.append(slow_dnc.distil_loss(heads["base"], own, dnc.represent(
+            start["base"], view, MODEL), to_own, rows["cluster"]))
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-4)
+    assert_close(state["stats"]["encoder"], stats, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["contrast", "distil"])
+def test_a_stage_s_own_length_is_the_schedule_s(on_devices, name):
+    """The first step moves a bias by the rate: at step 3, before, at and after the warm-up."""
+    step, start = {
+        "contrast": (contrast, dnc.new_state(jax.random.key(0), MODEL, OPTIMISER, 10)),
+        "distil": (distil, student([frozen(s) for s in range(3)]))}[name]
+    bias = lambda state: state["learner"]["params"]["encoder"]["stem"]["norm"]["bias"]
+    moved = {}
+    for total in (5, 10, 15, 40):
+        state, _ = on_devices(1, step, {**start, "total": np.int32(total)}, np.int32(3),
+                              jax.random.key(1), sharded(batch(8), 1),
+                              in_axes=(None, None, None, 0))
+        moved[total] = (bias(state) - bias(start)) / slow_dnc.warmup_cosine(
+            3, total, round(0.2 * total), 2.0)
+    assert np.abs(moved[5]).max() > 1e-3
+    for total in moved:
+        np.testing.assert_allclose(moved[total], moved[5], rtol=1e-3, atol=1e-5)
+
+
+def test_a_given_start_is_taken_whole():
+    given = dnc.new_state(jax.random.key(3), MODEL, OPTIMISER, 5)
+    given["stats"] = jax.tree.map(lambda x: x + 0.5, given["stats"])
+    given["target"] = jax.tree.map(lambda x: x + 0.5, given["target"])
+    state = dnc.new_state(jax.random.key(0), MODEL, OPTIMISER, 10, given)
+    for tree in (state["learner"]["params"], state["target"]):  # the momentum encoder starts anew
+        assert_trees_equal(tree, given["learner"]["params"])
+    assert_trees_equal(state["stats"], given["stats"])
+    assert_trees_equal(dnc.encoder_of(given), {"params": given["learner"]["params"]["encoder"],
+                                               "stats": given["stats"]["encoder"]})
+    base = frozen(7)
+    for from_base in (False, True):
+        state = dnc.new_student(jax.random.key(0), MODEL, OPTIMISER, 10, base, (), from_base)
+        same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (
+            dnc.encoder_of(state), base)))]
+        assert all(same) if from_base else not any(same)
+
+
+def test_every_head_starts_as_its_own():
+    params, _ = dnc.student_init(jax.random.key(0), MODEL, 3)
+    assert list(params["heads"]) == ["base", "expert0", "expert1", "expert2"]
+    for layer in ("up", "down"):
+        w = [p[layer]["w"] for p in params["heads"].values()]
+        assert not any(np.array_equal(a, b) for a, b in itertools.combinations(w, 2))
 
 
 # ----------------------------------------------------------------------------------- the bill
@@ -617,34 +812,35 @@ def test_kmeans_flops_count_its_products():
     assert got == 2 * once + 2 * n * D * (2 * K + 3)
 
 
-def test_of_equal_centres_the_first_is_the_nearest():
-    centres = jnp.array([[9.0] * 3, [1.0] * 3, [1.0] * 3])
-    index = dnc.nearest(jnp.array(normal(0, 6, 3)), centres, jnp.ones(6))[0]
-    np.testing.assert_array_equal(index, np.ones(6))
+def test_the_bill_of_heads_and_clusters():
+    b, D = 12, MODEL.encoder.features
+    thin = dnc.Model(MODEL.encoder, 8, 6, head_hidden=0)
+    heads = [dnc.step_flops("distil", b, m, K=5, n_views=2) for m in (MODEL, thin)]
+    assert heads[0] - heads[1] == 2 * 3 * b * 6 * 2 * (D * 8 + 8 * D)
+    shared = dict(K=4, n_all=500, n_fit=300, restarts=2, iterations=5, n_views=1)
+    for arm in dnc.ARMS:
+        got = dnc.declared_flops(arm, dnc.plan(arm, 100, (0.3, 0.3, 0.4)), 16, MODEL, **shared)
+        assert got["clustering"] == (500 * resnet.resnet_flops(MODEL.encoder) + dnc.kmeans_flops(
+            300, 500, 4, D, 2, 5) if arm in ("dnc", "dnc_random") else 0)
 
 
-def test_rows_that_fill_up_are_no_new_centres():
-    """They are farther away than any point, and one centre starts where no point goes."""
-    x, centres = normal(5, 12, 3), np.float32([[0] * 3, [99] * 3])
-    filled, valid = np.concatenate([x, np.full((4, 3), -50, np.float32)]), np.arange(16) < 12
-    got = dnc.lloyd(jnp.array(filled), jnp.array(centres), 1, jnp.array(valid, jnp.float32))
-    np.testing.assert_allclose(got, slow_dnc.lloyd(x, centres, 1)[0], rtol=1e-5, atol=1e-5)
-
-
-def test_lloyd_stops_where_no_centre_moves(monkeypatch):
-    x, nearest, passes = normal(5, 40, 3), dnc.nearest, []
-
-    def counted(*args):
-        jax.debug.callback(lambda: passes.append(0))
-        return nearest(*args)
-    monkeypatch.setattr(dnc, "nearest", counted)
-    centres = dnc.lloyd(jnp.array(x), jnp.array(x[:5]), 100, jnp.ones(40))
-    jax.effects_barrier()
-    assert 2 < len(passes) < 50
-    expected = slow_dnc.lloyd(x, x[:5], len(passes) - 1)[0]  # the last pass moved none
-    np.testing.assert_allclose(centres, expected, rtol=1e-5, atol=1e-5)
-    before = slow_dnc.lloyd(x, x[:5], len(passes) - 2)[0]
-    assert np.abs(centres - before).max() > 1e-3
+def test_programs_get_their_flags(monkeypatch):
+    monkeypatch.setattr(devices, "Program", lambda step, *_, **__: step.keywords)
+    flags = dict(weight_decay=0.5, warmup=0.1, crop_area=0.2, jitter=0.4, blur=[0.9, 0.1],
+                 solarise=[0.0, 0.2], batch_size=64, temperature=0.3, m0=0.9, learning_rate=2.0,
+                 distil_learning_rate=3.0, same_view_negatives=False, distil_views=2, clusters=4)
+    steps = dnc.make_steps(run.Namespace(flags), MODEL, 7)
+    assert set(steps) == {"moclr", ("distil", 0), ("distil", 4)}
+    w = {"w": normal(0, 3, 2)}
+    for name, knobs in steps.items():
+        assert knobs["views"] == augment.Views(0.2, 0.4, (0.9, 0.1), (0.0, 0.2))
+        assert knobs["peak"] == (2.0 if name == "moclr" else 3.0) / 4
+        learner = {"params": w, "opt": knobs["optimiser"].init(w)}
+        got = dnc.update(learner, {"w": 0 * w["w"]}, knobs["optimiser"], 1.0)
+        np.testing.assert_allclose(got["params"]["w"], (1 - 1e-3) * w["w"], rtol=1e-5)  # decays
+    assert (steps["moclr"]["temperature"], steps["moclr"]["m0"]) == (0.3, 0.9)
+    assert steps["moclr"]["same_view_negatives"] is False
+    assert steps["distil", 4]["n_views"] == 2
 
 
 # ------------------------------------------------------------------------------------- probes
@@ -693,3 +889,62 @@ def test_the_probe_sees_no_test_label_and_any_scale():
     assert (got == test_y).mean() > 0.95 and decay in probe.DECAYS
     scaled, same = probe.linear_probe(1e3 * x + 7, y, 1e3 * test + 7, 4)
     assert same == decay and (scaled == got).mean() > 0.98
+
+
+def test_the_decay_is_chosen_on_a_part_held_out_and_the_probe_fitted_on_all():
+    """Labels that are half chance, so that every choice shows."""
+    for seed in range(4):
+        x, test, label = normal(seed, 80, 30), 1 + normal(seed + 50, 40, 30), np.arange(80) % 3
+        x[:40, :3] += np.eye(3)[label[:40]]
+        held, kept = np.split(np.random.default_rng(0).permutation(80), [16])
+        z, z_test = ((v - x.mean(0)) / x.std(0) for v in (x, test))
+
+        def says(rows, l2, at):
+            w, b = probe.fit_probe(z[rows], label[rows], np.ones(len(rows), np.float32), l2, 3)
+            return (at @ w + b).argmax(1)
+        right = [(says(kept, l2, z[held]) == label[held]).mean() for l2 in probe.DECAYS]
+        best = max(range(4), key=lambda i: (right[i], i))  # of equal ones the larger
+        got, decay = probe.linear_probe(x, label, test, 3)
+        assert decay == probe.DECAYS[best]
+        assert (got == says(np.arange(80), decay, z_test)).mean() > 0.97
+
+
+def test_metrics_are_of_the_test_pool_by_what_training_says():
+    """Two of three classes change places in the test pool, which has the rare one most often."""
+    label, test_label = (np.repeat(np.arange(3), n) for n in ([40, 30, 20], [5, 7, 9]))
+    train = {"h": 4 * np.eye(3)[label] + 0.1 * normal(0, 90, 3), "label": label}
+    test = {"h": 4 * np.eye(3)[[0, 2, 1]][test_label] + 0.1 * normal(1, 21, 3), "label": test_label}
+    assert probe.knn_metrics(train, test, 3) == pytest.approx(
+        {"knn": 5 / 21, "knn_balanced": 1 / 3})
+    got = probe.linear_metrics(train, test, 3)
+    assert got.pop("probe_decay") in probe.DECAYS
+    assert got == pytest.approx({"linear_probe": 5 / 21, "balanced_accuracy": 1 / 3, "head": 1,
+                                 "middle": 0, "tail": 0})
+
+
+def test_features_are_the_whole_image_s_in_evaluation_mode():
+    net, pool = frozen(0), data.Pool(data.open_source("toy", "train", image_size=8,
+                                                      toy_knobs=dict(n=20)))
+    got, _ = dnc.features(net, dnc.make_forward(MODEL), pool, 8)
+    truth = pool.read(pool.ids)
+    image = np.float32(truth["image"]) / 127.5 - 1
+    np.testing.assert_allclose(got["h"], resnet.resnet_apply(
+        net["params"], net["stats"], image, MODEL.encoder, False)[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(got["label"], truth["label"])
+
+
+def test_the_training_pool_is_the_first(monkeypatch):
+    monkeypatch.setattr(dnc, "features", lambda net, forward, pool, b: (pool, 0.0))
+    monkeypatch.setattr(probe, "knn_metrics", lambda *args: {"knn": args})
+    monkeypatch.setattr(probe, "linear_metrics", lambda *args: {"linear": args})
+    state = {"learner": {"params": {"encoder": 0}}, "stats": {"encoder": 0}}
+    metrics_of, at_end = dnc.evaluator(MODEL, None, ("train", "test"), 8, 6, {"nmi": 0.5})
+    assert metrics_of(state) == {"knn": ("train", "test", 6)}
+    assert at_end(state) == {"linear": ("train", "test", 6), "nmi": 0.5}
+
+
+def test_batches_seen_are_means_over_experts():
+    rows = [{"arm": f"dnc_expert{j}", "hardness": h, "effective_classes": c}
+            for j, h, c in ((0, 3.0, 6.0), (11, 5.0, 7.0))]
+    assert dnc.batches_seen([{"arm": "dnc"}, *rows]) == (
+        "dnc_expert: 6.5 effective classes in a batch, log sum exp of the negatives 4.00")

@@ -312,3 +312,90 @@ def test_presets_are_printed(command):
     done = command.good("--preset=list")
     for name in dnc.PRESETS:
         assert re.search(rf"^{name}$", done.stdout, re.M)
+
+
+# ---------------------------------------------------------------------- what main gives to whom
+
+STAGES = """
+import json, sys
+import jax, numpy as np
+import dnc
+dnc.define_flags()
+dnc.flags.FLAGS(["dnc.py", *sys.argv[1:]])
+digest, moved = dnc.stage.digest, lambda tree, by: jax.tree.map(lambda x: np.array(x) + by, tree)
+
+def fit(name, seed, step, state, key, batches, *, before, metrics_of, at_end, metrics_file, **how):
+    seen = list(batches(0))
+    told = {"key": jax.random.key_data(key).tolist(), "start": digest(dnc.encoder_of(state)),
+            "ids": np.concatenate([index_of(b["image"]) for b in seen]).tolist(),
+            "clusters": [int(c) for b in seen for c in b.get("cluster", np.zeros(0)).ravel()],
+            "before": before and before["seconds"], "steps": how["steps"]}
+    if "base" in state:
+        told["base"] = digest(state["base"])
+        told["experts"] = [digest(jax.tree.map(lambda x: x[j], state["experts"])) for j in range(
+            jax.tree.leaves(state.get("experts", []))[0].shape[0] if "experts" in state else 0)]
+    by = 0.01 * (1 + len(told_of))  # what is trained here is known again, and is not the target
+    state = {**state, "learner": moved(state["learner"], by), "stats": moved(state["stats"], by)}
+    if at_end:
+        told["pools"] = metrics_of(state)["knn"]
+    told["end"] = digest(dnc.encoder_of(state))
+    told_of[f"{name}-{seed}"] = told
+    metrics_file.append({"arm": name, "seed": seed, "step": how["steps"], "seconds": 1.0,
+                         "examples_scored": 0, "examples_trained": 0, "flops": {}})
+    return state
+
+def index_of(image):
+    return [index[x.tobytes()] for x in image.reshape(-1, *image.shape[-3:])]
+
+told_of, index = {}, {}
+source = dnc.data.open_source("toy", "train", image_size=8, toy_knobs=dnc.run.toy_knobs(
+    dnc.run.resolve(dnc.PRESETS)[0]))
+for i, x in enumerate(source.read(source.ids)["image"]):
+    index[x.tobytes()] = i
+assert len(index) == 200
+dnc.stage.fit = fit
+dnc.probe.knn_metrics = lambda train, test, n: {"knn": [len(train["h"]), len(test["h"])]}
+dnc.probe.linear_metrics = lambda train, test, n: {"train": len(train["h"]), "test": len(test["h"])}
+dnc.report_all = lambda *args: None
+dnc.main()
+print(json.dumps(told_of))
+"""
+
+
+def test_every_stage_is_given_what_is_its_own(command, tmp_path):
+    """What `stage.fit` is called with; it trains nothing here, but moves all weights."""
+    (tmp_path / "driver.py").write_text(STAGES)
+    workdir = tmp_path / "run"
+    done = Command(command.directory, str(tmp_path / "driver.py")).good(
+        *TINY, "--arms=moclr,dnc,dnc_random,self_distil,dnc_oracle", "--seeds=0,1", "--steps=48",
+        "--expert_init=base", "--pixel_probe", f"--workdir={workdir}", PYTHONPATH=str(ROOT))
+    assert "linear probe on pixels: train 200.000, test 2000.000" in done.stdout
+    told = json.loads(done.stdout.splitlines()[-1])
+    for seed in (0, 1):
+        of = lambda name: told[f"{name}-{seed}"]
+        with np.load(workdir / f"assignment-{seed}.npz") as f:
+            cluster, seconds = f["cluster"], float(f["seconds"])
+        size = np.bincount(cluster, minlength=3)
+        base, parts = of("base"), {}
+        assert base["pools"] == of("dnc")["pools"] == [200, 2000]
+        for arm in ("dnc", "dnc_random", "dnc_oracle"):
+            experts, student = [of(f"{arm}_expert{j}") for j in range(3)], of(arm)
+            parts[arm] = [set(e["ids"]) for e in experts]
+            assert sum(map(len, parts[arm])) == len(set.union(*parts[arm]))  # they share none
+            assert {e["start"] for e in experts} == {base["end"]} != {student["start"]}
+            assert student["base"] == base["end"]
+            assert student["experts"] == [e["end"] for e in experts]
+            assert len({str(s["key"]) for s in (base, student, *experts)}) == 5
+            for i, j in zip(student["ids"], student["clusters"], strict=True):
+                assert i in parts[arm][j] or not any(i in part for part in parts[arm])
+            assert experts[0]["before"] == 1 + (arm != "dnc_oracle") * seconds
+        for j, part in enumerate(parts["dnc"]):
+            assert part <= set(np.flatnonzero(cluster == j))
+            assert len(parts["dnc_random"][j]) <= size[j]
+        assert parts["dnc"] != parts["dnc_random"]
+        assert of("self_distil")["experts"] == [] and of("self_distil")["base"] == base["end"]
+        assert of("self_distil")["steps"] == of("dnc")["steps"] + 24
+    for name in ("moclr", "base", "dnc_expert0", "dnc"):
+        for what in ("key", "start", "ids"):
+            assert told[f"{name}-0"][what] != told[f"{name}-1"][what], (name, what)
+
