@@ -484,7 +484,8 @@ def test_the_diagnosis_of_a_super_batch_is_the_slow_one(on_devices, low_patch):
     if low_patch:
         used = jest.embed(*jest.swap(jest.at_patch(params, tiny(), low_patch), batch)), reference
     S, S_used = (slow_jest.score_matrix("learnability", *map(slow, x)) for x in (full, used))
-    joint = {name: jest.jointly_sample(key, *x, 8, 3) for name, x in (("used", used), ("full", full))}
+    joint = {name: jest.jointly_sample(key, *x, 8, 3)
+             for name, x in (("used", used), ("full", full))}
     for name, picks in (("uniform", np.arange(8)), ("joint", joint["used"]),
                         ("independent", jest.independently_sample(key, *used, 8))):
         value = S[np.ix_(picks, picks)].sum() / 8

@@ -298,3 +298,20 @@ def test_selection_curves_show_the_picks_against_the_pool():
 def test_importing_does_not_load_matplotlib():
     code = "import sys, common.report; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_bill_and_finals_are_relative_to_the_first_arm():
+    rows = [row("uniform", s, 10, a, flops={"base": 4e9}, nmi=None)
+            for s, a in ((0, 0.2), (1, 0.4))]
+    rows += [row("clever", 0, 10, 0.5, flops={"base": 2e9, "experts": 4e9}, nmi=0.25)]
+    flat = lambda text: [line.split() for line in text.splitlines()]
+    assert flat(report.bill(summarise(rows)))[2:] == [
+        ["base", "4", "G", "2", "G"], ["experts", "0", "4", "G"],
+        ["all", "/", "baseline", "1.000", "1.500"]]
+    learner = [row("uniform", 0, 10, 0.2, flops={"learner": 4e9}),
+               row("clever", 0, 10, 0.5, flops={"learner": 2e9, "selection": 8e9})]
+    assert flat(report.bill(summarise(learner)))[4:6] == [
+        ["fully_amortised", "/", "baseline", "1.000", "0.500"],
+        ["foundation_dataset", "/", "baseline", "1.000", "2.500"]]
+    assert flat(report.finals(summarise(rows), ("accuracy", "nmi", "tail")))[1:] == [
+        ["uniform", "0.300", "-", "-"], ["clever", "0.500", "0.250", "-"]]

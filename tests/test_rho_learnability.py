@@ -1003,6 +1003,14 @@ def test_recall_counts_a_caption_that_reads_the_same_as_right():
         assert hits or k == 1
 
 
+def test_recalls_are_named_by_their_way():
+    image = np.array([[3.0, 1, 2], [0, 2, 1], [0, 0, 1]])  # the third text is nearest to the first
+    got = retrieval.recalls(image, np.eye(3), np.arange(3)[:, None], (1, 2))
+    assert got == pytest.approx({
+        "image_to_text@1": 1, "text_to_image@1": 2 / 3, "recall@1": 5 / 6,
+        "image_to_text@2": 1, "text_to_image@2": 2 / 3, "recall@2": 5 / 6})
+
+
 # ----------------------------------------------------------------------------------------- keys
 
 

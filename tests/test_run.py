@@ -498,3 +498,16 @@ def test_a_program_is_compiled_once_and_keeps_state_unreplicated():
     np.testing.assert_array_equal(state["w"], [3, 3, 3])
     assert state["n"] == 3 and metrics["loss"] == 9 + 2 and state["w"].shape == (3,)
     np.testing.assert_array_equal(program(fresh, np.int32(0), batch)[0]["w"], [1, 1, 1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_not_saved(bad, tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path / "arm-0")
+    state = {"w": np.ones(3, np.float32), "count": np.int32(1)}
+    checkpoints.save(3, state, {"count": 3})
+    with pytest.raises(FloatingPointError, match="arm-0: the update of step 4 "):
+        checkpoints.save(5, {**state, "w": np.float32([1, bad, 1])}, {"count": 5})
+    checkpoints.close()
+    again = checkpoint.Checkpoints(tmp_path / "arm-0")
+    assert again.latest() == 3
+    again.close()
