@@ -53,6 +53,8 @@ def test_a_run_leaves_what_the_interface_says(finished):
                 "flops", "loss"} <= set(row)
         assert ("knn" in row) == ("_expert" not in row["arm"])
         assert row["examples_trained"] == 8 * row["step"]
+        at_end = row == last_rows(workdir)[row["arm"]] and "_expert" not in row["arm"]
+        assert ("linear_probe" in row) == at_end
     for arm in ARMS:
         assert re.search(rf"^{arm} ", done.stdout, re.M)
     assert re.search(r"^dnc_expert: [\d.]+ effective classes in a batch", done.stdout, re.M)
