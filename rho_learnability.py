@@ -1,24 +1,28 @@
 """Bad Students Make Great Teachers: active learning with small proxies (Evans et al., 2312.05328).
 
 Algorithm 1. A large learner L, a small online proxy o, a small frozen reference r; per step
-  1. draw a super-batch of B = ratio * b examples                            `data.batches`
-  2. score each: learnability = loss(x | o) - loss(x | r)                    `actor_loss`, `score`
-  3. draw b of them without replacement with probability softmax(score)      `select`
-  4. update L on the sub-batch with its own loss                             `update`
-  5. update o on the same sub-batch                                          `update`
+  1. draw a super-batch of B = ratio * b examples (in epochs; the paper: i.i.d.)  `data.batches`
+  2. score each: learnability = l_act(x | o) - l_act(x | r)          `score_super_batch`, `score`
+  3. draw b of them without replacement with probability softmax(score / T)       `select`
+  4. update L on the sub-batch with its own loss, no importance weights           `update`
+  5. update o on the same sub-batch, likewise                                     `update`
 The learner never scores and the proxy never trains on what was not picked, so that scoring costs
 what a small model costs; `step_flops` keeps the bill. Two tasks: classification (ClassAct), where
-the loss is the cross-entropy, and image-text (ActiveCLIP, ActiveSigLIP), where it is -z_im.z_txt.
+l_act is the cross-entropy, and image-text (ActiveCLIP, ActiveSigLIP), where it is -z_im.z_txt while
+the models train on a contrastive loss. Arm `rho_loss` is the ancestor (Mindermann et al.,
+2206.07137): there the learner itself scores, and the b highest are taken. In the code 'actor' is o,
+and `proxy` the architecture that o and r share.
 
-Dimension letters: B super-batch, N a device's share of it, S sub-batch (b), C classes, E embedding,
-H W channels of images.
+Dimension letters: B super-batch, N a device's share of it, S sub-batch (b) or a device's share, A
+the rows of all devices, C classes (in NHWC: channels), E embedding, H W image.
 
-A minute on a CPU:       python rho_learnability.py --steps=300
-README's measurements:   python rho_learnability.py --preset=fashion_mnist, or emoji: see there
-Settings of the paper:   python rho_learnability.py --preset=classact_L  (or activeclip_B)
+A minute on a CPU:        python rho_learnability.py --steps=300
+README's measurements:    python rho_learnability.py --preset=fashion_mnist, or emoji: see there
+The paper's model sizes:  python rho_learnability.py --preset=classact_L, or activeclip_B (generated
+                          images and a short schedule: give --dataset and --steps)
 
-Where the paper is silent there is a flag (sampling, temperature, scored view, staleness, kind of
-reference); where we differ: README, "Where we differ from the paper".
+Where the paper is silent there is a flag (sampling, temperature, scored view, staleness); where we
+differ: README, "Where we differ from the paper, or it is silent".
 """
 
 import dataclasses
@@ -58,15 +62,16 @@ PRESETS = {
         temperature=0.1, reference="held_out", held_out_fraction=0.33, reference_noise=0.0,
         steps=800, active_steps=400, reference_steps=800, eval_every=50, learning_rate=1e-3,
         proxy_learning_rate=4e-3, reference_learning_rate=4e-3),
-    # the paper's sizes, on generated images: give --dataset for real ones
+    # the paper's model sizes, on generated images: give --dataset for real ones
     "classact_L": dict(
         image_size=224, toy_examples=4096, learner="L", proxy="Ti", patch=16, pool="gap",
         dtype="bfloat16", ratio=2.0, temperature=1.0, sampling="gumbel", steps=1000,
         batch_size=256, reference_scores="computed", reference_steps=100),
     "activeclip_B": dict(
-        task="image_text", image_size=224, toy_examples=4096, learner="B", proxy="Ti", patch=16,
-        pool="map", embed=512, dtype="bfloat16", ratio=2.0, temperature=1.0, sampling="gumbel",
-        steps=1000, batch_size=256, reference_scores="computed", reference_steps=100),
+        task="image_text", contrastive_loss="softmax", image_size=224, toy_examples=4096,
+        learner="B", proxy="Ti", patch=16, pool="map", embed=512, dtype="bfloat16", ratio=2.0,
+        temperature=1.0, sampling="gumbel", steps=1000, batch_size=256,
+        reference_scores="computed", reference_steps=100),
 }
 
 
@@ -78,15 +83,18 @@ def define_flags():
     f.DEFINE_list("arms", ["uniform", "learnability"], f"of {', '.join(ARMS)}; the first is the "
                   "baseline")
     f.DEFINE_float("ratio", 2.0, "B/b: super-batch over sub-batch (paper: 2 throughout)")
-    f.DEFINE_float("temperature", 1.0, "T of softmax(score / T) (paper: none printed)")
+    f.DEFINE_float("temperature", 1.0, "T of softmax(score / T) (paper: none printed). Scores "
+                   "of image_text differ by 2 or less: there 1 hardly selects")
     f.DEFINE_enum("sampling", "gumbel", ["gumbel", "replacement", "topk"], "'gumbel': without "
                   "replacement; 'replacement'; 'topk': the b highest scores (rho_loss: always)")
     f.DEFINE_enum("score_view", "clean", ["clean", "train"], "the view that is scored: the plain "
                   "image, or the augmented one that will be trained on")
     f.DEFINE_integer("staleness", 0, "age in steps of the proxy's weights that score")
-    f.DEFINE_string("reference", "in_domain", "'in_domain': trained first on the pool; 'held_out': "
-                    "on a part of it; 'online': beside the learner, on the whole super-batch; "
-                    "or a checkpoint directory of such a stage ('{seed}' is filled in)")
+    f.DEFINE_string("reference", "in_domain", "'in_domain' (ClassAct): trained first on the pool; "
+                    "'held_out' (ClassAct-HO): on a part of it, which the arms that select leave "
+                    "out; 'online' (ClassAct-Online): beside the learner, on the whole "
+                    "super-batch as it is scored; or a checkpoint directory of such a stage "
+                    "('{seed}' is filled in)")
     f.DEFINE_enum("reference_scores", "cached", ["cached", "computed"], "'cached': the pool is "
                   "scored once, by example id; 'computed': each super-batch as it comes")
     f.DEFINE_string("score_cache", None, "file of cached reference scores; '{seed}' is filled in "
@@ -110,16 +118,16 @@ def define_flags():
     f.DEFINE_bool("remat", False, "recompute blocks in the backward pass: memory for time")
     # optimisation
     f.DEFINE_integer("steps", 1000, "updates of the learner")
-    f.DEFINE_integer("active_steps", 0, "updates in every arm but uniform, whose schedule then "
-                     "ends there; 0: as many as --steps")
+    f.DEFINE_integer("active_steps", 0, "updates in every arm but uniform; an arm's schedule "
+                     "ends with it; 0: as many as --steps")
     f.DEFINE_integer("batch_size", 128, "b: examples per update")
     f.DEFINE_float("learning_rate", 1e-3, "peak, of AdamW; linear warm-up, cosine to 0")
     f.DEFINE_float("proxy_learning_rate", 1e-3, "peak, of the online proxy")
     f.DEFINE_float("reference_learning_rate", 1e-3, "peak, of the reference (paper: larger when it "
                    "is online)")
-    f.DEFINE_float("weight_decay", 1e-4, "decoupled, on matrices")
+    f.DEFINE_float("weight_decay", 1e-4, "decoupled, on the dense layers' weights")
     f.DEFINE_float("warmup", 0.05, "fraction of the steps")
-    f.DEFINE_float("label_smoothing", 0.1, "of the learner's training loss")
+    f.DEFINE_float("label_smoothing", 0.1, "of the learner's cross-entropy")
     f.DEFINE_float("proxy_label_smoothing", 0.0, "of the proxy's and the reference's; the score's "
                    "loss has none")
     f.DEFINE_enum("augment", "none", ["none", "shift", "shift_flip"], "shift by up to an eighth of "
@@ -138,6 +146,9 @@ class Model:
 
 
 def init(key, model):
+    """Parameters. A classifier's head starts at 0: its loss is log C for every example, so that o
+    has no say yet. t = exp(log_t) starts at 10 and b at -10, SigLIP's, for both losses (CLIP: t =
+    1 / 0.07, capped at 100); the softmax has no b, which would cancel."""
     key_image, key_text = jax.random.split(key)
     if model.loss == "cross_entropy":
         params = {"image": vit.vit_init(key_image, model.image)}
@@ -163,7 +174,7 @@ def outputs(params, batch, model):
     return unit(y), unit(vit.text_apply(params["text"], batch["tokens"], model.text))
 
 
-# -------------------------------------------------------------------- scores (section 3, eqs 4-5)
+# ------------------------------------------------------------------------------ scores (eqs 4-5)
 
 
 def actor_loss(out, batch):
@@ -193,8 +204,8 @@ def select(key, score_B, n, temperature=1.0, sampling="gumbel"):
     """
     if sampling not in ("gumbel", "replacement", "topk"):
         raise ValueError(f"sampling {sampling!r}: want 'gumbel', 'replacement' or 'topk'")
+    # float32: Gumbel noise in bfloat16 takes few values, and ties
     logit_B = jnp.nan_to_num(score_B.astype(jnp.float32), nan=-jnp.inf) / temperature
-    logit_B = jnp.clip(logit_B, -1e30, 1e30)  # finite, so that adding noise keeps an order
     if sampling == "replacement":
         return jnp.sort(jax.random.categorical(key, logit_B, shape=(n,)))
     if sampling == "gumbel":
@@ -204,6 +215,8 @@ def select(key, score_B, n, temperature=1.0, sampling="gumbel"):
 
 def augment(key, index_N, image_NHWC, kind):
     """A view of each image, drawn from its place in the super-batch: the same on any device."""
+    if kind not in ("none", "shift", "shift_flip"):
+        raise ValueError(f"kind {kind!r}: want 'none', 'shift' or 'shift_flip'")
     if kind == "none":
         return image_NHWC
     H, W, C = image_NHWC.shape[1:]
@@ -224,8 +237,9 @@ def augment(key, index_N, image_NHWC, kind):
 
 
 def training_loss(out, params, batch, model, smoothing=0.0):
-    """This device's part of the training loss: the mean over its rows. Its gradient, averaged over
-    the devices, is that of the whole sub-batch's loss, negatives from all devices included."""
+    """This device's part of the training loss of a sharded batch: the mean over its rows. Its
+    gradient, averaged over the devices, is that of the whole batch's loss, negatives from all
+    devices included. Pairs: inside `pmap` only."""
     if model.loss == "cross_entropy":
         target_SC = optax.smooth_labels(jax.nn.one_hot(batch["label"], out.shape[-1]), smoothing)
         return optax.softmax_cross_entropy(out, target_SC).mean()
@@ -245,7 +259,8 @@ def softmax_loss(x_SE, y_AE, log_t, first=0):
 
 
 def sigmoid_loss(x_SE, y_AE, log_t, b, first=0):
-    """SigLIP: mean over rows i of sum over j of -log sigmoid(+-(t x_i.y_j + b)), + for own j."""
+    """SigLIP: mean over rows i of sum over j of -log sigmoid(+-(t x_i.y_j + b)), + for own j, with
+    t = exp(log_t)."""
     logits_SA = jnp.exp(log_t) * jnp.einsum("se,ae->sa", x_SE, y_AE) + b
     own_S = first + jnp.arange(len(x_SE))
     sign_SA = 2 * jax.nn.one_hot(own_S, len(y_AE)) - 1
@@ -256,15 +271,22 @@ def sigmoid_loss(x_SE, y_AE, log_t, b, first=0):
 
 
 def adamw(peak, steps, *, warmup=0.05, weight_decay=1e-4):
-    """AdamW under a linear warm-up and a cosine that is 0 at `steps`; only matrices are decayed."""
+    """AdamW under a linear warm-up from 0 and a cosine that is 0 at `steps`. Decayed are the leaves
+    named 'w' (weights of dense layers) and no others: not biases, norms, embeddings, positions."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, round(warmup * steps), steps, 0.0)
-    matrices = lambda params: jax.tree_util.tree_map_with_path(
+    dense = lambda params: jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "w", params)
-    return optax.adamw(schedule, weight_decay=weight_decay, mask=matrices)
+    return optax.adamw(schedule, weight_decay=weight_decay, mask=dense)
+
+
+def new_state(key, model, optimiser):
+    params = init(key, model)
+    return {"params": params, "opt": optimiser.init(params)}
 
 
 def update(state, batch, model, optimiser, smoothing):
-    """One step of {'params', 'opt'} on a sharded batch; also the loss and the outputs before it."""
+    """Inside `pmap`, one step of {'params', 'opt'} on a sharded batch; also the whole batch's loss
+    and this device's outputs, both before it."""
     def loss_of(params):
         out = outputs(params, batch, model)
         return training_loss(out, params, batch, model, smoothing), out
@@ -279,7 +301,7 @@ def score_super_batch(state, index, batch_N, *, arm, learner, proxy, optimisers,
                       proxy_smoothing=0.0, staleness=0):
     """(state, score [B]) on every device. The state changes where the proxy's weights are kept for
     later (staleness) and where the reference is trained on the super-batch (ClassAct-Online)."""
-    state, batch_N = dict(state), dict(batch_N)
+    state = dict(state)
     online_N = reference_N = jnp.zeros(len(batch_N["image"]))
     if arm in NEEDS_ACTOR:
         params = state["actor"]["params"]
@@ -296,7 +318,7 @@ def score_super_batch(state, index, batch_N, *, arm, learner, proxy, optimisers,
         state["reference"], _, out = update(
             state["reference"], batch_N, proxy, optimisers["reference"], proxy_smoothing)
         reference_N = actor_loss(out, batch_N)
-    elif "reference" in state:
+    elif arm in NEEDS_REFERENCE:  # a KeyError where there is none: zeros would be hard_learner
         reference_N = actor_loss(outputs(state["reference"]["params"], batch_N, proxy), batch_N)
     return state, score(arm, devices.gather(online_N), devices.gather(reference_N))
 
@@ -309,8 +331,11 @@ def algorithm_1(state, index, key, batch_N, *, arm, n_select, learner, proxy, op
     Args:
       state: {'learner', 'actor', 'reference'}: each {'params', 'opt'} as far as the arm needs it;
         a 'reference' without 'opt' is frozen. 'stale': the last `staleness` weights of the actor.
-      batch_N: this device's share of the super-batch: 'image' uint8 [N, H, W, channels], 'label' or
-        'tokens', bool truths that are reported on only, 'reference_loss' [N] where it is cached.
+      key: the run's, the same at every step (`index` is folded in) and on every device.
+      batch_N: this device's share of the super-batch, for arm 'uniform' of the sub-batch (all of it
+        is trained on): 'image' uint8 [N, H, W, C], 'label' or 'tokens', bool truths that are
+        reported on only, 'reference_loss' [N] where it is cached.
+      n_select: b, on all devices together.
       optimisers: {'learner', 'actor', 'reference'} -> optax optimiser.
     """
     key_select, key_view = jax.random.split(jax.random.fold_in(key, index))
@@ -330,7 +355,7 @@ def algorithm_1(state, index, key, batch_N, *, arm, n_select, learner, proxy, op
         batch_S = {k: devices.take(v, pick_S) for k, v in batch_N.items()}
         metrics = {"score_pool": score_B.mean(), "score_pool_sd": score_B.std(),
                    "score_picked": score_B[pick_S].mean()}
-    if score_view == "clean":
+    if score_view != "train":
         batch_S["image"] = augment(key_view, pick_S[devices.places(batch_S)], batch_S["image"],
                                    view)
 
@@ -347,10 +372,12 @@ def algorithm_1(state, index, key, batch_N, *, arm, n_select, learner, proxy, op
 
 
 def step_flops(arm, batch_size, ratio, F_L, F_p, reference):
-    """FLOPs of one step by role (the paper's cost model; a training step is three forwards).
+    """FLOPs of one step by role: the paper's cost model (a training step is three forwards), and
+    the selection, which the paper leaves out.
 
-    F_L, F_p: `forward_flops` of learner and proxy. `reference`: 'cached' (nothing per step),
-    'computed', 'online', or None for an arm that has none.
+    F_L, F_p: `forward_flops` of learner and proxy. `reference`: 'cached', 'computed', 'online', or
+    None for an arm that has none. A frozen reference's training (3 b F_p an update) and its cached
+    scores (F_p an example) are no part of a step: the caller charges them once, as `main` does.
     """
     b, B = batch_size, round(batch_size * ratio)
     has_actor = arm in NEEDS_ACTOR
@@ -392,11 +419,6 @@ def make_forward(model):
     return devices.Program(forward, in_axes=(None, 0))
 
 
-def new_state(key, model, optimiser):
-    params = init(key, model)
-    return {"params": params, "opt": optimiser.init(params)}
-
-
 def score_pool(params, pool, forward, batch_size, path):
     """Losses [len(pool)] of every example of a pool under a frozen reference, in the order of its
     ids, and the seconds it took; cached in the file `path`."""
@@ -411,9 +433,9 @@ def score_pool(params, pool, forward, batch_size, path):
 # ------------------------------------------------------------------------------------ picture
 
 
-def choose(arm, seed, pool, state, losses, config, learner, proxy, optimisers, n):
-    """Scores and picks on one more super-batch, after the last step: what picks.png shows."""
-    index = config.steps  # the same super-batch for every arm
+def choose(arm, seed, index, pool, state, losses, config, learner, proxy, optimisers, n):
+    """Scores (of the plain view) and picks on super-batch `index`, the one after the last step:
+    what picks.png shows."""
     batch = next(data.batches(pool, seed=seed, batch_size=n, start=index, stop=index + 1,
                               host=devices.host()))
     ids = data.batch_ids(pool.ids, seed, index, n)
@@ -466,6 +488,8 @@ def check(config, typed=()):
          "'computed' with --score_view=train: a view that changes cannot be cached")
     want(config.actor_init == "random" or config.reference != "online", "actor_init",
          "'random' with an online reference")
+    want(config.actor_init == "random" or "hard_learner" not in config.arms, "actor_init",
+         "'random' with arm hard_learner, which has no reference")
     for flag in typed:
         if flag == ("label_noise" if config.task == "image_text" else "caption_noise"):
             raise ValueError(f"--{flag} is not read by --task={config.task}: give "
@@ -582,7 +606,8 @@ def main():
         """Weights, cached losses of `pool` (or None), FLOPs by role and seconds they all took."""
         if config.reference in ("in_domain", "held_out"):
             on = whole.replant(config.reference_noise) if config.reference_noise >= 0 else whole
-            on = on.subset(np.setdiff1d(whole.ids, pool.ids)) if len(pool) < len(whole) else on
+            if config.reference == "held_out":
+                on = on.subset(np.setdiff1d(whole.ids, pool.ids))
             state = {"learner": new_state(jax.random.split(key_init, 3)[2], proxy,
                                           programs["reference"][1]["learner"])}
             train("reference", seed, on, state, key_steps, proxy, one_off={}, setup_seconds=0.0,
@@ -616,13 +641,14 @@ def main():
             state = initial_state(
                 arm, key_init, learner, proxy, programs[arm][1], reference=kind,
                 params=params, actor_init=config.actor_init, staleness=config.staleness)
+            # the baseline has the whole pool: a part held out is a cost of the method
             pool, n_scored = (whole, b) if arm == "uniform" else (rest, B)
             state = train(
                 arm, seed, pool, state, key_steps, learner, n_scored=n_scored, losses=losses,
                 one_off=one_off, setup_seconds=seconds,
                 per_step=step_flops(arm, b, config.ratio, F_L, F_p, kind))
             if shown is None and arm != "uniform":
-                shown = (arm, seed, rest, state, losses)
+                shown = (arm, seed, steps[arm], rest, state, losses)
 
     picks = shown and choose(*shown, config, learner, proxy, programs[shown[0]][1], B)
     if jax.process_index() == 0:

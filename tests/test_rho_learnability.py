@@ -717,7 +717,7 @@ def test_the_draw_and_the_views_have_a_key_each(monkeypatch):
     monkeypatch.setattr(rho, "augment", lambda key, index_N, image_NHWC, kind: (
         note("view", key), image_NHWC)[1])
     mapped = cached_program.__wrapped__("learnability", "cross_entropy", 1)  # traced anew
-    step(mapped, start("learnability"), 0, super_batch("cross_entropy"))
+    step(mapped, start("learnability", reference="computed"), 0, super_batch("cross_entropy"))
     jax.effects_barrier()
     assert (seen["draw"] != seen["view"]).any()
 
@@ -1030,5 +1030,6 @@ def test_no_random_key_is_used_twice():
                                proxy=proxy, optimisers=OPTIMISERS, view="shift_flip")
         mapped = jax.pmap(fn, axis_name=devices.AXIS, in_axes=(None, None, None, 0), out_axes=None,
                           devices=jax.devices()[:1])
-        _, metrics = step(mapped, start("learnability"), 0, super_batch("cross_entropy"))
+        _, metrics = step(mapped, start("learnability", reference="computed"), 0,
+                          super_batch("cross_entropy"))
         assert picked(metrics).sum() == S
