@@ -7,19 +7,21 @@ negatives that are hard, and a rare cluster gets a model of its own. Three stage
      and train an expert on each cluster, with the same loss                   `expert_batches`
   3. distil base and experts into one student: every image regresses the base, and the expert of
      its own cluster                                                           `distil_step`
-Only the student's encoder is evaluated, frozen. The arm `moclr` has as many image visits as all
-stages together, `moclr_flops` as many FLOPs (`plan`, `declared_flops`); `dnc_random` divides at
-random, `dnc_oracle` by label, and `self_distil` has no experts.
+Only the student's encoder is evaluated, frozen. Controls: `moclr` has as many image visits as all
+stages together, `moclr_flops` as many FLOPs (`budget`). Batches of one cluster differ in the
+balance of their classes as well as in the hardness of their negatives, so `dnc_random` divides at
+random into parts of the same sizes, `dnc_oracle` by label, and `self_distil` has no experts.
 
-Dimension letters: N images of a device, A of all devices, E projection, D representation, K
-clusters, H W C image.
+Dimension letters: N images of a device (in `divide`, `clusters`, `partition`: of the pool), A of
+all devices, E projection, D representation, K clusters, T rows of a tile, R restarts, B blocks of S
+slots, H W C image.
 
 Minutes on a CPU:        python dnc.py
 On a prepared data set:  python dnc.py --preset=patchwork --dataset=path/to/patchwork/1.0.0
-ResNet-50, 224 px:       python dnc.py --preset=imagenet_R50  (generated images; give --dataset)
+ResNet-50, 224 px:       python dnc.py --preset=imagenet_R50  (a trial, on generated images)
 
-There is no official code and the text is silent on much; each such choice is a flag, or is said
-where it is made.
+There is no official code, and we could not read the paper's text in full: what is recalled or
+chosen is a flag, or is said where it is made.
 """
 
 import dataclasses
@@ -53,14 +55,13 @@ PRESETS = {
     "patchwork": dict(
         dataset="patchwork", arms=list(ARMS), image_size=16, model="8/16", hidden=256, embed=64,
         head_hidden=256, blur=["0", "0"], solarise=["0", "0"], jitter=0.5, crop_area=0.2,
-        temperature=0.1, batch_size=64, steps=9000, eval_every=900, learning_rate=32.0,
-        distil_learning_rate=32.0, m0=0.97, clusters=5, warmup=0.05, base_fraction=0.3,
+        batch_size=64, steps=9000, eval_every=900, learning_rate=32.0,
+        distil_learning_rate=32.0, m0=0.97, warmup=0.05, base_fraction=0.3,
         experts_fraction=0.3, distil_fraction=0.4, expert_init="base", student_init="base"),
-    # the house's recipe (BYOL, 1000 epochs) on generated images: give --dataset for real ones
-    "imagenet_R50": dict(
-        image_size=224, toy_examples=4096, model="50", hidden=4096, embed=256, head_hidden=4096,
-        dtype="bfloat16", batch_size=256, steps=1000, eval_every=500, learning_rate=0.2,
-        distil_learning_rate=0.2, weight_decay=1.5e-6, m0=0.996, clusters=5),
+    # the flags' own defaults are BYOL's model, rate, decay and m0 for 1000 epochs; so few updates
+    # of generated images show that it runs. 3000 epochs, as recalled: --dataset=imagenet2012
+    # --eval_split=validation --batch_size=4096 --steps=938355
+    "imagenet_R50": dict(image_size=224, toy_examples=4096, dtype="bfloat16", eval_every=500),
 }
 
 
@@ -69,8 +70,8 @@ def define_flags():
     flags.adopt_module_key_flags(run)  # so that --help shows them too
     f = flags
     # method
-    f.DEFINE_list("arms", ["moclr", "dnc", "dnc_random"], f"of {', '.join(ARMS)}; the first is the "
-                  "baseline")
+    f.DEFINE_list("arms", ["moclr", "moclr_flops", "dnc", "dnc_random", "self_distil"],
+                  f"of {', '.join(ARMS)}; the first is the baseline")
     f.DEFINE_float("base_fraction", 1 / 3, "part of the visits that is the base's")
     f.DEFINE_float("experts_fraction", 1 / 2, "part of the visits that all experts share, each by "
                    "the size of its cluster")
@@ -85,11 +86,13 @@ def define_flags():
                     "left; '{seed}' is filled in (default: made, in the work directory)")
     f.DEFINE_enum("expert_init", "scratch", ["scratch", "base"], "first weights of the experts")
     f.DEFINE_enum("student_init", "scratch", ["scratch", "base"], "first weights of the student")
-    f.DEFINE_integer("distil_views", 1, "views of an image in a step of distillation, 1 or 2")
+    f.DEFINE_integer("distil_views", 1, "views of an image in a step of distillation, 1 (with the "
+                     "two views' mean probabilities of blur and solarisation) or 2")
     f.DEFINE_float("temperature", 0.1, "tau of the contrastive loss")
     f.DEFINE_bool("same_view_negatives", True, "the other images' targets of an image's own view "
                   "are negatives too (SimCLR; MoCo v3 has none)")
-    f.DEFINE_float("m0", 0.996, "decay of the momentum encoder at the start; 1 at the end")
+    f.DEFINE_float("m0", 0.996, "decay of the momentum encoder at the start; 1 at the end "
+                   "(BYOL: .97 for 40 epochs, .99 for 100 and 300, .996 for 1000)")
     # augmentation
     f.DEFINE_float("crop_area", 0.08, "least area of a crop")
     f.DEFINE_float("jitter", 1.0, "strength of the colour jitter, as a factor of BYOL's")
@@ -106,13 +109,15 @@ def define_flags():
     f.DEFINE_integer("steps", 1000, "updates, in all stages of an arm together")
     f.DEFINE_integer("batch_size", 256, "images per update")
     f.DEFINE_float("learning_rate", 0.2, "of LARS, at 256 images; times batch_size / 256; linear "
-                   "warm-up, cosine to 0 in each stage")
+                   "warm-up, cosine to 0 in each stage (BYOL: .45 for 40 and 100 epochs, .3 for "
+                   "300, .2 for 1000)")
     f.DEFINE_float("distil_learning_rate", 0.2, "the same of the distillation")
     f.DEFINE_float("weight_decay", 1.5e-6, "inside LARS, on kernels")
+    f.DEFINE_float("warmup", 0.01, "fraction of a stage's steps")
+    # data, report
     f.DEFINE_integer("class_cap", 0, "at most so many examples of a class in the pool: the balanced "
                      "twin of a heavy-tailed set; 0: all")
     f.DEFINE_bool("pixel_probe", False, "also report the linear probe on the raw pixels")
-    f.DEFINE_float("warmup", 0.01, "fraction of a stage's steps")
 
 
 # ------------------------------------------------------------------------------------- models
@@ -139,7 +144,8 @@ def init(key, model):
 
 
 def project(params, stats, image_NHWC, model):
-    """(z [N, E], stats): encoder and projector in training mode; nothing normalises z's batch."""
+    """(z [N, E], stats): encoder and projector in training mode, inside `pmap`: the batch norms are
+    over all devices. There is none behind the last layer."""
     h_ND, encoder = resnet.resnet_apply(params["encoder"], stats["encoder"], image_NHWC,
                                         model.encoder, train=True)
     p = params["projector"]
@@ -148,9 +154,9 @@ def project(params, stats, image_NHWC, model):
 
 
 def represent(net, image_NHWC, model):
-    """h [N, D], L2-normalised: a frozen encoder {'params', 'stats'} in evaluation mode."""
-    return unit(resnet.resnet_apply(net["params"], net["stats"], image_NHWC, model.encoder,
-                                    train=False)[0])
+    """h [N, D] of images in [-1, 1]: a frozen encoder {'params', 'stats'} in evaluation mode."""
+    return resnet.resnet_apply(net["params"], net["stats"], image_NHWC, model.encoder,
+                               train=False)[0]
 
 
 def unit(z):
@@ -213,7 +219,7 @@ def moclr_loss(q1_NE, q2_NE, k1_NE, k2_NE, temperature, same_view_negatives=True
 
 
 def ema_decay(step, total, m0):
-    """BYOL: 1 - (1 - m0) (1 + cos(pi k / K)) / 2, from m0 to 1."""
+    """BYOL's, from m0 at step 0 to 1 at `total`: 1 - (1 - m0) (1 + cos(pi step / total)) / 2."""
     return 1 - (1 - m0) * (1 + jnp.cos(jnp.pi * step / total)) / 2
 
 
@@ -229,9 +235,11 @@ def warmup_cosine(step, total, warmup, peak):
 
 
 def lars(weight_decay, *, trust=1e-3, momentum=0.9):
-    """LARS (You et al., 1708.03888; BYOL's constants): g = grad + wd w, u = rate trust |w| / |g| g,
-    m = momentum m + u, w = w - m; biases and norms have neither decay nor ratio. The rate is
-    `update`'s argument, so that stages of different length are one program."""
+    """LARS (You et al., 1708.03888; BYOL's constants) on kernels, the leaves named 'w' of nested
+    dicts: g = grad + wd w, u = rate trust |w| / |g| g (ratio 1 where a norm is 0), m = momentum m +
+    u, w = w - m. All other leaves (biases, norms) have neither decay nor ratio. The rate is given
+    at each step, `lars(wd).update(grads, opt, params, rate=rate)`, so that stages of different
+    length are one program."""
     kernels = lambda params: jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "w", params)
     scale = optax.GradientTransformationExtraArgs(
@@ -293,8 +301,9 @@ def effective_classes(label_A, n_classes):
 
 
 def kmeans(key, x_ND, k, *, restarts=10, iterations=20, valid_N=None, axis=None, tile=4096):
-    """(centres [K, D], inertia): the best of several runs of k-means++ and Lloyd. `nearest` says
-    which point is whose. Want k <= N: a point can be one centre only.
+    """(centres [K, D], inertia): the best of several runs of k-means++ and Lloyd. `nearest(x_ND,
+    centres_KD)` says which point is whose (where they lie far from the origin, take their mean from
+    both first). Want k <= N: a point can be one centre only.
 
     Never N x K x D: distances come a `tile` of rows at a time. Inside `pmap` with `axis` named, x
     is a device's share, and all devices get the answer of one device that has the whole. valid_N:
@@ -302,7 +311,7 @@ def kmeans(key, x_ND, k, *, restarts=10, iterations=20, valid_N=None, axis=None,
     """
     valid_N = jnp.ones(len(x_ND)) if valid_N is None else valid_N.astype(jnp.float32)
     total, _ = over(axis)
-    # about the mean, where |x|^2 - 2 x.c + |c|^2 loses fewest digits
+    # about the mean, where |c|^2 - 2 x.c in `nearest` loses fewest digits
     mean_D = total(valid_N @ x_ND) / total(valid_N.sum())
     x_ND = (x_ND - mean_D) * valid_N[:, None]
 
@@ -365,9 +374,10 @@ def lloyd(x_ND, centres_KD, iterations, valid_N, axis=None, tile=4096):
                               (0, centres_KD, True))[1]
 
 
-def nearest(x_ND, centres_KD, valid_N, tile=4096):
+def nearest(x_ND, centres_KD, valid_N=None, tile=4096):
     """(index of each point's nearest centre [N], of equal ones the first; squared distance to it
     [N]; sum [K, D] and number [K] of each centre's points), a tile of points at a time."""
+    valid_N = jnp.ones(len(x_ND)) if valid_N is None else valid_N
     N, tile = len(x_ND), min(tile, len(x_ND))
     K, norm_K, place_K = len(centres_KD), jnp.square(centres_KD).sum(1), jnp.arange(len(centres_KD))
 
@@ -429,8 +439,9 @@ def divide(key, h_ND, k, *, examples, restarts, iterations, seed):
 
 
 def clusters(path, key, base, forward, pool, batch_size, k, **how):
-    """(cluster [N] of every example of a pool by what the frozen base says of it, seconds): from
-    the file `path`, or into it."""
+    """(cluster [N] of every example of a pool, seconds): k-means of the frozen base's
+    representations (evaluation mode, the whole image, L2-normalised); from the file `path`, or into
+    it."""
     def make():
         got, seconds = features(base, forward, pool, batch_size)
         cluster_N, took = divide(key, probe.unit(got["h"]), k, **how)
@@ -460,8 +471,9 @@ def partition(arm, cluster_N, label_N, k, seed):
 
 
 def expert_steps(sizes, total_steps):
-    """Steps of each expert, in proportion to its cluster's size: as many epochs for each. They add
-    up exactly: rounded down, and one more for the largest remainders."""
+    """Steps of each expert, in proportion to its cluster's size. (So we read "epochs in
+    proportion": they are of the whole set. Over its own cluster each expert goes equally often.)
+    They add up exactly: rounded down, and one more for the largest remainders."""
     whole = sum(int(s) for s in sizes)
     steps = [total_steps * int(s) // whole for s in sizes]
     rest = [total_steps * int(s) % whole for s in sizes]
@@ -496,14 +508,15 @@ def head(p, h_ND):
     return vit.dense(p["down"], jax.nn.relu(vit.dense(p["up"], h_ND)))
 
 
-def distil_loss(base_ND, own_NKD, to_base_ND, to_own_ND, cluster_N):
-    """Mean over images of (2 - 2 cos(base head, base) + 2 - 2 cos(own head, own expert)) / 2. Of
-    the K expert heads only that of an image's cluster is read; without experts (None), the base's
-    term alone."""
-    regress = lambda y, t: 2 - 2 * jnp.einsum("nd,nd->n", unit(y), unit(t))
+def distil_loss(base_ND, heads_NKD, to_base_ND, to_own_ND, cluster_N):
+    """Mean over images of (2 - 2 cos(base head, base) + 2 - 2 cos(own head, own expert)) / 2, where
+    equal weights are recalled, not read. heads_NKD: of the K expert heads, of which only that of an
+    image's cluster is read; None: there are no experts, and the base's term is alone. No gradient
+    reaches the targets."""
+    regress = lambda y, t: 2 - 2 * jnp.einsum("nd,nd->n", unit(y), jax.lax.stop_gradient(unit(t)))
     loss_N = regress(base_ND, to_base_ND)
-    if own_NKD is not None:
-        own_ND = jnp.take_along_axis(own_NKD, cluster_N[:, None, None], axis=1)[:, 0]
+    if heads_NKD is not None:
+        own_ND = jnp.take_along_axis(heads_NKD, cluster_N[:, None, None], axis=1)[:, 0]
         loss_N = 0.5 * (loss_N + regress(own_ND, to_own_ND))
     return loss_N.mean()
 
@@ -557,9 +570,9 @@ def distil_step(state, index, key, batch_N, *, model, optimiser, views, n_views,
     shown = augment.two_views(jax.random.fold_in(key, index), devices.places(batch_N),
                               batch_N["image"], views)[:n_views]
     cluster_N, experts = batch_N.get("cluster"), state.get("experts")
-    targets = jax.lax.stop_gradient([
-        (represent(state["base"], view, model),
-         own_expert(experts, view, cluster_N, model) if experts else None) for view in shown])
+    targets = [(represent(state["base"], view, model),
+                own_expert(experts, view, cluster_N, model) if experts else None)
+               for view in shown]
 
     def loss_of(params):
         loss, stats = 0.0, state["stats"]
@@ -567,9 +580,9 @@ def distil_step(state, index, key, batch_N, *, model, optimiser, views, n_views,
             h_ND, encoder = resnet.resnet_apply(params["encoder"], stats["encoder"], view,
                                                 model.encoder, train=True)
             heads = {name: head(p, h_ND) for name, p in params["heads"].items()}
-            own_NKD = jnp.stack([heads[f"expert{j}"] for j in range(len(heads) - 1)],
-                                axis=1) if experts else None
-            loss += distil_loss(heads["base"], own_NKD, to_base_ND, to_own_ND, cluster_N)
+            heads_NKD = jnp.stack([heads[f"expert{j}"] for j in range(len(heads) - 1)],
+                                  axis=1) if experts else None
+            loss += distil_loss(heads["base"], heads_NKD, to_base_ND, to_own_ND, cluster_N)
             stats = {"encoder": encoder}
         return loss / n_views, stats
 
@@ -602,6 +615,7 @@ def step_flops(role, b, model, *, K=0, n_views=1):
     F, F_projected = forward_flops(model)
     if role in ("base", "experts"):
         return 2 * 4 * b * F_projected
+    assert role == "distillation", role
     F_heads = (K + 1) * 4 * model.encoder.features * model.head_hidden
     own = math.prod(block_shape(b, K)) if K else 0
     return n_views * (3 * b * (F + F_heads) + b * F + own * F)
@@ -612,7 +626,7 @@ def declared_flops(arm, steps, b, model, *, K, n_all, n_fit, restarts, iteration
     clusters, whose sizes it has; the oracle is given them."""
     n_experts = K if arm in DIVIDES else 0
     stages = {"base": step_flops("base", b, model), "experts": step_flops("experts", b, model),
-              "distil": step_flops("distil", b, model, K=n_experts, n_views=n_views)}
+              "distil": step_flops("distillation", b, model, K=n_experts, n_views=n_views)}
     clusters = n_all * forward_flops(model)[0] + kmeans_flops(
         n_fit, n_all, K, model.encoder.features, restarts, iterations)
     return {"base": steps["base"] * stages["base"],
@@ -626,10 +640,10 @@ def declared_flops(arm, steps, b, model, *, K, n_all, n_fit, restarts, iteration
 
 def make_forward(model):
     """Program (frozen encoder, sharded batch) -> features 'h' and what came along, gathered. The
-    view that is clustered and evaluated is the whole image, a data set's own centre square."""
+    view that is clustered and evaluated is the whole image (of an oblong one the centre square, cut
+    when it is read)."""
     def forward(net, batch):
-        h_ND, _ = resnet.resnet_apply(net["params"], net["stats"],
-                                      2 * augment.rgb(batch["image"]) - 1, model.encoder, False)
+        h_ND = represent(net, 2 * augment.rgb(batch["image"]) - 1, model)
         return {**{k: devices.gather(v) for k, v in batch.items() if k != "image"},
                 "h": devices.gather(h_ND)}
     return devices.Program(forward, in_axes=(None, 0))
@@ -773,7 +787,7 @@ def check_data(config, source, pools):
 
 
 def budget(config, model, N):
-    """({'base' and each arm: steps by stage}, FLOPs of clustering), for a pool of N images."""
+    """({arm: steps by stage}, FLOPs of clustering), for a pool of N images."""
     fractions = config.base_fraction, config.experts_fraction, config.distil_fraction
     steps = plan("dnc", config.steps, fractions)
     flops = declared_flops(
@@ -781,7 +795,7 @@ def budget(config, model, N):
         n_fit=min(config.kmeans_examples, N), restarts=config.restarts,
         iterations=config.kmeans_iterations, n_views=config.distil_views)
     equal = max(1, round(sum(flops.values()) / step_flops("base", config.batch_size, model)))
-    return ({arm: plan(arm, config.steps, fractions, equal) for arm in ("base", *config.arms)},
+    return ({arm: plan(arm, config.steps, fractions, equal) for arm in config.arms},
             flops["clustering"])
 
 
@@ -797,16 +811,20 @@ def load_batches(pool, cluster_N, expert, **how):
 
 def make_steps(config, model, n_classes):
     """{'moclr', and 'distil' with so many experts}: Programs (state, index, key, sharded batch)."""
-    shared = dict(model=model, optimiser=lars(config.weight_decay), warmup=config.warmup,
-                  views=augment.Views(config.crop_area, config.jitter, tuple(config.blur),
-                                      tuple(config.solarise)))
+    shared = dict(model=model, optimiser=lars(config.weight_decay), warmup=config.warmup)
+    views = augment.Views(config.crop_area, config.jitter, tuple(config.blur),
+                          tuple(config.solarise))
+    # one view alone has the two's mean probabilities: BYOL's first view is always blurred
+    mean = lambda p: (sum(p) / 2,) * 2
+    shown = views if config.distil_views == 2 else dataclasses.replace(
+        views, blur=mean(views.blur), solarise=mean(views.solarise))
     program = lambda step, **knobs: devices.Program(functools.partial(step, **shared, **knobs),
                                                     (None, None, None, 0), donate=True)
     scale = config.batch_size / 256
-    return {"moclr": program(moclr_step, temperature=config.temperature, m0=config.m0,
-                             peak=config.learning_rate * scale, n_classes=n_classes,
+    return {"moclr": program(moclr_step, views=views, temperature=config.temperature,
+                             m0=config.m0, peak=config.learning_rate * scale, n_classes=n_classes,
                              same_view_negatives=config.same_view_negatives),
-            **{("distil", n): program(distil_step, n_views=config.distil_views,
+            **{("distil", n): program(distil_step, views=shown, n_views=config.distil_views,
                                       peak=config.distil_learning_rate * scale)
                for n in (0, config.clusters)}}
 

@@ -1,7 +1,8 @@
 """Two random views of an image, drawn on the device: BYOL's recipe (2006.07733, appendix B).
 
 A view is a function of the key and of the image's place in the whole batch. Each transform has its
-probability where it is applied, in `view`; what a small image wants otherwise is in `Views`.
+probability where it is applied, in `view` and `recolour`; what a small image wants otherwise is in
+`Views`. Images are square.
 """
 
 import dataclasses

@@ -168,7 +168,7 @@ def test_given_clusters_other_inits_and_two_views(command, finished, tmp_path):
     assert without_clocks([last["base"]]) == without_clocks([theirs["base"]])
     assert last["dnc"]["nmi"] == theirs["dnc"]["nmi"]
     assert last["dnc"]["flops"]["distillation"] == 2 * dnc.step_flops(
-        "distil", 8, dnc.Model(MODEL.encoder, 8, 6, 12), K=3, n_views=2)
+        "distillation", 8, dnc.Model(MODEL.encoder, 8, 6, 12), K=3, n_views=2)
 
 
 def test_a_prepared_set_and_small_clusters(command, prepared, tmp_path):
