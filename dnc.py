@@ -185,12 +185,12 @@ def forward_flops(model):
 # -------------------------------------------------------------------------- 1. base: MoCLR
 
 
-def info_nce(q_NE, k_AE, temperature, same_AE=None, first=0):
+def info_nce(q_NE, k_AE, temperature, same_AE=None, offset=0):
     """(loss, hardness): the mean over rows i of -log softmax of q_i.k / tau at i's own k, with all
     other rows of k as negatives, and those of `same_AE` (its own view's targets) if given.
     hardness: the mean of log sum exp over the negatives alone. Rows are L2-normalised; row i of q
-    owns row first + i of k."""
-    own_NA = jax.nn.one_hot(first + jnp.arange(len(q_NE)), len(k_AE), dtype=bool)
+    owns row offset + i of k."""
+    own_NA = jax.nn.one_hot(offset + jnp.arange(len(q_NE)), len(k_AE), dtype=bool)
     logits = jnp.einsum("ne,ae->na", q_NE, k_AE) / temperature
     positive_N = jnp.sum(logits, axis=1, where=own_NA)
     negatives = jnp.where(own_NA, -jnp.inf, logits)
@@ -209,12 +209,12 @@ def moclr_loss(q1_NE, q2_NE, k1_NE, k2_NE, temperature, same_view_negatives=True
     is a device's part: averaged over the devices, its gradient is that of the whole batch's loss.
     """
     gather = over(axis)[1]
-    first = jax.lax.axis_index(axis) * len(q1_NE) if axis else 0  # where this device's rows stand
+    offset = jax.lax.axis_index(axis) * len(q1_NE) if axis else 0  # where this device's rows stand
     q1_NE, q2_NE = unit(q1_NE), unit(q2_NE)
     k1_AE, k2_AE = (gather(jax.lax.stop_gradient(unit(k))) for k in (k1_NE, k2_NE))
     same = (k1_AE, k2_AE) if same_view_negatives else (None, None)
-    ways = (info_nce(q1_NE, k2_AE, temperature, same[0], first),
-            info_nce(q2_NE, k1_AE, temperature, same[1], first))
+    ways = (info_nce(q1_NE, k2_AE, temperature, same[0], offset),
+            info_nce(q2_NE, k1_AE, temperature, same[1], offset))
     return jax.tree.map(lambda a, b: 0.5 * (a + b), *ways)
 
 

@@ -5,18 +5,19 @@ its negatives are in it. Per step
   1. draw a super-batch of B = b / (1 - f) pairs uniformly                    `data.batches`
   2. embed it with the learner, and with a frozen reference                   `embed`
   3. S[i,j] = loss of pair (i,j) under the learner - under the reference      `score_matrix`
-  4. draw a sub-batch T of b in chunks; after the first chunk, candidate i is drawn with probability
-     softmax(S[i,i] + sum over j in T of S[i,j] + S[j,i])                     `jointly_sample`
+  4. draw a sub-batch T of b in chunks; after the first chunk, candidate i not in T is drawn with
+     probability softmax(S[i,i] + sum over j in T of S[i,j] + S[j,i])         `jointly_sample`
   5. update the learner on T, with the ordinary contrastive loss              `update`
 Flexi-JEST scores at a coarser patch, and trains half of T at it (`at_patch`, `embed_flexi`).
 `step_flops` keeps the bill. The reference is trained first, on a small curated part of the pool.
 
-Dimension letters: B super-batch, N a device's share of it, S sub-batch (b), C chunk, A all rows of
-a batch on all devices, E embedding, P patch side, D width, H W image.
+Dimension letters: B super-batch, N a device's share of it, S sub-batch (b), C chunk, K chunks, G
+groups within one, A all rows of a batch on all devices, E embedding, P patch side, D width, H W
+image. T is the sub-batch so far; as a dimension, tokens.
 
-Two minutes on a CPU:   python jest.py
+Minutes on a CPU:       python jest.py
 README's measurements:  python jest.py --preset=emoji, and more flags: see there
-Setting of the paper:   python jest.py --preset=siglip_B  (generated images; give --dataset)
+Model of the paper:     python jest.py --preset=siglip_B  (a trial, on generated images)
 
 Where the paper is silent there is a flag (first chunk, temperature, what an independent score is);
 where we differ: README, "jest.py, beside the paper".
@@ -56,7 +57,9 @@ PRESETS = {
         reference_noise=0.0, steps=1200, active_steps=300, reference_steps=800, batch_size=128,
         eval_every=30, learning_rate=5e-4, active_learning_rate=1e-3,
         reference_learning_rate=1e-3),
-    # the paper's size, on generated images: give --dataset for real ones
+    # the paper's models on generated images. Its run: --batch_size=32768 --steps=122070 (4e9 pairs)
+    # --warmup=0.164 (20k steps), a 32k sentencepiece --tokenizer (bytes cut captions short) and a
+    # --reference_dataset of about 1e8 curated pairs
     "siglip_B": dict(
         image_size=256, toy_examples=4096, model="B", patch=16, low_patch=32, context=64, embed=768,
         dtype="bfloat16", filter_ratio=0.8, n_chunks=16, batch_size=256, steps=1000,
@@ -93,12 +96,14 @@ def define_flags():
     f.DEFINE_integer("low_patch", 32, "patch at which flexi_jest scores, and trains a half")
     f.DEFINE_bool("cotrain", True, "flexi_jest trains half of the sub-batch at --low_patch")
     # model
-    f.DEFINE_enum("loss", "sigmoid", ["sigmoid", "softmax"], "contrastive loss (section 2)")
+    f.DEFINE_enum("loss", "sigmoid", ["sigmoid", "softmax"], "contrastive loss (eq 1 softmax, eq 2 "
+                  "sigmoid)")
     f.DEFINE_string("model", "B", "size of both towers: " + ", ".join(vit.SIZES)
                     + ", or width/depth/mlp/heads")
     f.DEFINE_string("reference_model", "", "size of the reference's towers; empty: --model")
     f.DEFINE_integer("patch", 16, "patch side in pixels, at full resolution")
-    f.DEFINE_enum("pool", "map", ["gap", "map"], "attention pooling, or the mean of the tokens")
+    f.DEFINE_enum("pool", "map", ["gap", "map"], "'gap': mean of the tokens; 'map': attention "
+                  "pooling")
     f.DEFINE_integer("embed", 64, "width E of the joint embedding")
     f.DEFINE_integer("context", 64, "tokens per caption; longer ones are cut")
     f.DEFINE_string("tokenizer", None, "sentencepiece model file; without it, the caption's bytes")
@@ -115,7 +120,8 @@ def define_flags():
     f.DEFINE_float("active_learning_rate", 0.0, "peak in every arm but uniform, whose best is "
                    "lower where most captions are wrong; 0: --learning_rate")
     f.DEFINE_float("reference_learning_rate", 1e-3, "peak, of the reference")
-    f.DEFINE_float("weight_decay", 1e-4, "decoupled, on the weights of linear maps")
+    f.DEFINE_float("weight_decay", 1e-4, "AdamW's: times the learning rate, as in optax; on the "
+                   "weights of linear maps")
     f.DEFINE_float("beta2", 0.95, "of Adam")
     f.DEFINE_float("clip_norm", 1.0, "gradients are scaled down to this global norm")
     f.DEFINE_float("warmup", 0.05, "fraction of the steps")
@@ -175,12 +181,12 @@ def contrastive_loss(side_S, loss, axis=None):
     the mean over its rows, with the negatives of all devices. Its gradient, averaged over the
     devices, is that of the whole."""
     gather = rows_of_all(axis)
-    first = jax.lax.axis_index(axis) * len(side_S["image"]) if axis else 0  # of this device's rows
+    offset = jax.lax.axis_index(axis) * len(side_S["image"]) if axis else 0  # of this device's rows
     image_AE, text_AE = gather(side_S["image"]), gather(side_S["text"])
     if loss == "sigmoid":
-        return sigmoid_loss(side_S["image"], text_AE, side_S["log_t"], side_S["b"], first)
-    return 0.5 * (softmax_loss(side_S["image"], text_AE, side_S["log_t"], first)
-                  + softmax_loss(side_S["text"], image_AE, side_S["log_t"], first))
+        return sigmoid_loss(side_S["image"], text_AE, side_S["log_t"], side_S["b"], offset)
+    return 0.5 * (softmax_loss(side_S["image"], text_AE, side_S["log_t"], offset)
+                  + softmax_loss(side_S["text"], image_AE, side_S["log_t"], offset))
 
 
 def rows_of_all(axis):
@@ -188,17 +194,17 @@ def rows_of_all(axis):
     return (lambda x: jax.lax.all_gather(x, axis, tiled=True)) if axis else jnp.asarray
 
 
-def softmax_loss(x_SE, y_AE, log_t, first=0):
-    """Eq 1, one direction: row i of x against all A rows of y; its own is first + i."""
+def softmax_loss(x_SE, y_AE, log_t, offset=0):
+    """Eq 1, one direction: row i of x against all A rows of y; its own is offset + i."""
     logits_SA = jnp.exp(log_t) * jnp.einsum("se,ae->sa", x_SE, y_AE)
-    own_S = first + jnp.arange(len(x_SE))
+    own_S = offset + jnp.arange(len(x_SE))
     return optax.softmax_cross_entropy_with_integer_labels(logits_SA, own_S).mean()
 
 
-def sigmoid_loss(x_SE, y_AE, log_t, b, first=0):
+def sigmoid_loss(x_SE, y_AE, log_t, b, offset=0):
     """Eq 2: mean over rows i of sum over j of -log sigmoid(+-(t x_i.y_j + b)), + for i's own j."""
     logits_SA = jnp.exp(log_t) * jnp.einsum("se,ae->sa", x_SE, y_AE) + b
-    own_S = first + jnp.arange(len(x_SE))
+    own_S = offset + jnp.arange(len(x_SE))
     sign_SA = 2 * jax.nn.one_hot(own_S, len(y_AE)) - 1
     return -jax.nn.log_sigmoid(sign_SA * logits_SA).sum(1).mean()
 
@@ -207,7 +213,8 @@ def sigmoid_loss(x_SE, y_AE, log_t, b, first=0):
 
 
 def score_matrix(kind, learner, reference):
-    """S [B, B]: the sigmoid loss of every pair under the learner, minus under the reference."""
+    """S [B, B], image i, text j: the sigmoid loss of each pair under each model, by the model's own
+    t and b, summed with the signs of SCORES[kind] (learnability: learner - reference)."""
     def losses(side):
         logits_BB = (jnp.exp(side["log_t"]) * jnp.einsum("ie,je->ij", side["image"], side["text"])
                      + side["b"])
@@ -219,7 +226,8 @@ def score_matrix(kind, learner, reference):
 
 def jointly_sample_dense(key, score_BB, n_select, n_chunks=16, *, first="self", temperature=1.0):
     """Algorithm 1 to be read, and to check `jointly_sample` by: the same picks [b], from S itself.
-    """
+    first: 'self' is the print's comment, 'uniform' its code. The logits are sums: divided by the
+    number of their terms they would have another temperature."""
     B = len(score_BB)
     sampled_B = jnp.zeros(B)
     picks = []
@@ -243,7 +251,7 @@ def chunk_sizes(n_select, n_chunks):
 
 def draw(key, logits_B, taken_B, size):
     """Indices [size], drawn one after the other with probability softmax(logits) among what is left
-    (Gumbel-top-k); those in `taken_B` never, and NaN last (top_k would put it first)."""
+    (Gumbel-top-k); those in `taken_B` never (want `size` others), and NaN last (top_k: first)."""
     logits_B = jnp.nan_to_num(logits_B.astype(jnp.float32), nan=-1e30, posinf=1e30, neginf=-1e30)
     logits_B += jax.random.gumbel(key, logits_B.shape)
     return jax.lax.top_k(jnp.where(taken_B, -jnp.inf, logits_B), size)[1]
@@ -257,35 +265,37 @@ def jointly_sample(key, learner, reference, n_select, n_chunks=16, *, kind="lear
     """Indices [b] of the sub-batch in the order drawn, chunk by chunk: the picks of Algorithm 1, in
     memory of order B. Want n_chunks <= n_select = b <= B.
 
-    S never exists. Each candidate keeps a running sum of its terms with what was drawn so far; a
-    new chunk adds one [B, C] block of each model and direction, computed from the embeddings, a
-    `tile` of candidates at a time.
+    S never exists (107 GB at the paper's B = 163,840). Each candidate keeps a running sum of its
+    terms with what was drawn so far; a new chunk adds one [B, C] block of each model and direction,
+    computed from the embeddings, a `tile` of candidates at a time: 4 b B E FLOPs a model in all.
+    To choose within each device's share would be another algorithm.
 
     Args:
       key: the same on every device.
       learner, reference: sides (see `embed`) of the B candidates; either may be None where `kind`
         does not ask for it. Inside `pmap` with `axis` named, a device's N = B / n rows of them: it
         keeps the sums of its own candidates, and every device draws the same global picks.
-      kind: of SCORES. loss: 'sigmoid', or 'softmax' with its own conditional score, see `given`.
+      kind: of SCORES. loss: 'sigmoid', or 'softmax' with its own, see `conditional_loss`.
       first: the first chunk is drawn by 'self'-scores, or 'uniform'ly. temperature: of the logits.
     """
     gather = rows_of_all(axis)
     sides = {name: {"learner": learner, "reference": reference}[name] for name in SCORES[kind]}
     everyone = {name: {k: gather(side[k]) for k in ("image", "text")}
                 for name, side in sides.items()}
+    own_N = {name: own_loss(side, loss) for name, side in sides.items()}
     sizes = chunk_sizes(n_select, n_chunks)
     C = max(sizes)
+    real_KC = np.arange(C) < np.array(sizes)[:, None]  # some chunks are one short
 
     def pick(k, sums, taken_B):
-        logits_N = sum(sign * given(own_loss(sides[name], loss), sums[name], loss)
+        logits_N = sum(sign * conditional_loss(own_N[name], sums[name], loss)
                        for name, sign in SCORES[kind].items())
         if first == "uniform":
             logits_N = jnp.where(k == 0, 0.0, logits_N)
         return draw(jax.random.fold_in(key, k), gather(logits_N) / temperature, taken_B, C)
 
-    def chunk(state, k_and_size):
-        sums, taken_B = state
-        (k, size), real_C = k_and_size, jnp.arange(C) < k_and_size[1]  # one less in some chunks
+    def chunk(state, k_and_real):
+        (sums, taken_B), (k, real_C) = state, k_and_real
         pick_C = pick(k, sums, taken_B)
         taken_B = taken_B.at[jnp.where(real_C, pick_C, len(taken_B))].set(True, mode="drop")
         sums = {name: add_chunk(sums[name], side, {k: v[pick_C] for k, v in everyone[name].items()},
@@ -295,10 +305,8 @@ def jointly_sample(key, learner, reference, n_select, n_chunks=16, *, kind="lear
     zero_N = sum_of_none(next(iter(sides.values()))["image"][:, 0], loss)
     n_all = len(next(iter(everyone.values()))["image"])
     state = {name: (zero_N, zero_N) for name in sides}, jnp.zeros(n_all, bool)
-    steps = np.arange(n_chunks), np.array(sizes)
-    state, pick_KC = jax.lax.scan(chunk, state, (steps[0][:-1], steps[1][:-1]))
+    state, pick_KC = jax.lax.scan(chunk, state, (np.arange(n_chunks - 1), real_KC[:-1]))
     last_C = pick(n_chunks - 1, *state)  # after the last chunk there is nothing to add up for
-    real_KC = np.arange(C) < steps[1][:, None]
     return jnp.concatenate([pick_KC, last_C[None]])[np.nonzero(real_KC)]
 
 
@@ -327,7 +335,7 @@ def add_chunk(sums, side, chunk, real_C, loss, tile):
         if loss == "softmax":
             return jax.nn.logsumexp(logits_CN, axis=0, where=real_C[:, None])
         # -log sigmoid(-x) = max(x, 0) + log(1 + exp(-|x|)), and a sum of logarithms is the
-        # logarithm of a product: 64 factors in (1, 2] cannot overflow, and need one for all
+        # logarithm of a product: one log for 64 factors in (1, 2], which are 2^64 at most
         logits_CN = jnp.where(real_C[:, None], logits_CN + side["b"], -jnp.inf)
         factor_CN = jnp.pad(1 + jnp.exp(-abs(logits_CN)), ((0, -C % n_groups), (0, 0)),
                             constant_values=1)
@@ -343,7 +351,7 @@ def add_chunk(sums, side, chunk, real_C, loss, tile):
     return jax.tree.map(jnp.add if loss == "sigmoid" else jnp.logaddexp, sums, new)
 
 
-def given(own_N, sums, loss):
+def conditional_loss(own_N, sums, loss):
     """Loss [N] that candidate i adds to the sub-batch drawn so far, by the running sums.
 
     sigmoid: l[i,i] + sum over j in T of l[i,j] + l[j,i], exactly what adding i adds.
@@ -356,17 +364,17 @@ def given(own_N, sums, loss):
 
 
 def losses_in_batch(side, loss, axis=None, tile=2048):
-    """Loss of each pair in its whole batch, [N]: row i of eq 2, or its part of eq 1 (both ways)."""
+    """Loss of each pair in its whole batch, [N]: row i of eq 2, or its part of eq 1 (both ways); in
+    blocks of [A, tile]."""
     gather = rows_of_all(axis)
     everyone = {k: gather(side[k]) for k in ("image", "text")}
-    own_N, zero_N = own_loss(side, loss), sum_of_none(side["image"][:, 0], loss)
+    zero_N = sum_of_none(side["image"][:, 0], loss)
     sums = add_chunk((zero_N, zero_N), side, everyone, np.ones(len(everyone["image"]), bool),
                      loss, tile)
+    own_N = jnp.exp(side["log_t"]) * jnp.einsum("ne,ne->n", side["image"], side["text"])
     if loss == "softmax":
-        return own_N + 0.5 * (sums[0] + sums[1])
-    as_negative_N = own_N + jnp.exp(side["log_t"]) * jnp.einsum(
-        "ne,ne->n", side["image"], side["text"]) + side["b"]  # softplus(x) = softplus(-x) + x
-    return own_N + sums[0] - as_negative_N
+        return 0.5 * (sums[0] + sums[1]) - own_N
+    return sums[0] - (own_N + side["b"])  # its own is positive: softplus(x) - x = softplus(-x)
 
 
 def independently_sample(key, learner, reference, n_select, *, kind="learnability", loss="sigmoid",
@@ -425,23 +433,22 @@ def pi_resize(old, new):
 
 def embed_flexi(params, batch, model, low_patch):
     """`embed`, with every second image cut into coarse patches. One batch, one loss: the two halves
-    are each other's negatives. Rows are reordered, images and texts alike."""
+    are each other's negatives (our reading: all we have of the paper is half and half). Rows are
+    reordered, images and texts alike."""
     order = np.r_[0:len(batch["image"]):2, 1:len(batch["image"]):2]
     high = embed_image(params, batch["image"][0::2], model)
-    low = embed_image(*swap(at_patch(params, model, low_patch), batch["image"][1::2]))
+    params_low, model_low = at_patch(params, model, low_patch)
+    low = embed_image(params_low, batch["image"][1::2], model_low)
     text = unit(vit.text_apply(params["text"], batch["tokens"][order], model.text))
     return {"image": jnp.concatenate([high, low]), "text": text, **affine(params)}
-
-
-def swap(params_and_model, image):
-    return params_and_model[0], image, params_and_model[1]
 
 
 # -------------------------------------------------------------------------------- one step
 
 
 def adam(peak, steps, *, warmup=0.05, weight_decay=1e-4, b2=0.95, clip_norm=1.0):
-    """Clip, Adam, decoupled decay of linear maps; linear warm-up, cosine that is 0 at `steps`."""
+    """Clip, AdamW, linear warm-up, cosine that is 0 at `steps`. The decay is times the learning
+    rate, as in optax, and of the leaves named 'w' only: linear maps."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, round(warmup * steps), steps, 0.0)
     linear = lambda params: jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "w", params)
@@ -469,8 +476,9 @@ def both_sides(state, batch_N, *, kind, model, reference_model, low_patch=0):
     learner = reference = None
     if "learner" in SCORES[kind]:
         params = state["learner"]["params"]
-        learner = embed(*swap(at_patch(params, model, low_patch), batch_N) if low_patch else
-                        (params, batch_N, model))
+        if low_patch:
+            params, model = at_patch(params, model, low_patch)
+        learner = embed(params, batch_N, model)
     if "reference" in SCORES[kind]:
         if "reference_image" in batch_N:
             reference = {"image": batch_N["reference_image"], "text": batch_N["reference_text"],
@@ -488,9 +496,9 @@ def jest_step(state, index, key, batch_N, *, method, kind, n_select, model, refe
     Args:
       state: {'learner': {'params', 'opt'}, 'reference': its params, or only its t and b where its
         embeddings are cached}.
-      batch_N: this device's share of the super-batch: 'image' uint8 [N, H, W, channels], 'tokens'
-        [N, T], bool truths that are reported on only, 'reference_image', 'reference_text' [N, E]
-        where they are cached.
+      batch_N: this device's share of the super-batch (of 'uniform': of the n_select pairs, all of
+        which it trains on): 'image' uint8 [N, H, W, channels], 'tokens' [N, T], bool truths that
+        are reported on only, 'reference_image', 'reference_text' [N, E] where they are cached.
       method: of METHODS. kind: of SCORES. low_patch: flexi_jest's; 0 for the others.
     """
     key_select = jax.random.fold_in(key, index)
@@ -506,7 +514,7 @@ def jest_step(state, index, key, batch_N, *, method, kind, n_select, model, refe
                                           **common)
         else:
             pick_S = jointly_sample(key_select, *sides, n_select, n_chunks, first=first, **common)
-        pick_S = jnp.sort(pick_S)  # the order of the super-batch, which is random
+        pick_S = jnp.sort(pick_S)  # in the super-batch's random order, not in that of the draw
         batch_S = {k: devices.take(v, pick_S) for k, v in batch_S.items()}
     state["learner"], loss = update(state["learner"], batch_S, model, optimiser,
                                     low_patch if cotrain else 0)
@@ -517,12 +525,15 @@ def jest_step(state, index, key, batch_N, *, method, kind, n_select, model, refe
 
 
 def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chunks=16, embed=64,
-               cotrain=True, reuse=False):
+               cotrain=True, reuse=False, independent_score="self"):
     """FLOPs of one step by role (a training step is three forwards).
 
+    Over uniform's 3 b F, with r = B / b and A = F_low / F: jest 1 + r/3 (267 % at f = 0.8),
+    flexi_jest (1 + A)/2 + r A/3 (110 % at the paper's A = 0.28; ours is computed). `reuse`: as if
+    the forward that scored the picked pairs were the one that trains them, 1 + (r - 1)/3 (233 %):
+    Table 1 counts so, the paper's compute figure and this code do not, two resolutions cannot.
     F, F_low: `forward_flops` of the learner at its full and at the coarse patch; F_reference: of
-    the reference, 0 where it is cached. `reuse`: as if the forward of the picked pairs that scored
-    them were the one that trains them (Table 1 counts so; its compute figure, and this code, not).
+    the reference, 0 where it is cached.
     """
     b, flexi = batch_size, method == "flexi_jest"
     scores = method != "uniform"
@@ -531,17 +542,19 @@ def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chun
         "learner": 3 * b * (F + F_low) / 2 if flexi and cotrain else 3 * b * F,
         "actor_scoring": (B - reused) * (F_low if flexi else F)
                          if scores and "learner" in SCORES[kind] else 0,
-        "selection": sampler_flops(kind, b, B, n_chunks if "jest" in method else 1, embed)
+        "selection": sampler_flops(kind, b, B, n_chunks if "jest" in method else 1, embed,
+                                   independent_score if method == "independent" else "self")
                      if scores else 0,
         "reference_scoring": B * F_reference if scores and "reference" in SCORES[kind] else 0,
     }
 
 
-def sampler_flops(kind, b, B, n_chunks, embed):
+def sampler_flops(kind, b, B, n_chunks, embed, score="self"):
     """FLOPs of `jointly_sample`: per model, two [B, C] blocks a chunk but the last, each element
-    2 E for the product and 5 for scale, shift, exp, log1p and sum; the diagonal; and per chunk
-    noise, mask and log2(B) comparisons a candidate."""
-    added = b - chunk_sizes(b, n_chunks)[-1]
+    2 E for the product and 5 for scale, shift, exp, the sum of logarithms and its share of them;
+    the diagonal; and per chunk noise, mask and log2(B) comparisons a candidate. score
+    'super_batch', of `independently_sample`: two [B, B] blocks."""
+    added = B if score == "super_batch" else b - chunk_sizes(b, n_chunks)[-1]
     per_model = 2 * B * added * (2 * embed + 5) + B * (2 * embed + 5)
     return len(SCORES[kind]) * per_model + n_chunks * B * (3 + max(B, 2).bit_length())
 
@@ -630,7 +643,8 @@ def split_arm(arm):
     """'jest_hard_learner' -> ('jest', 'hard_learner'); without a score it is learnability's."""
     for method in METHODS:
         for kind in SCORES:
-            if arm == f"{method}_{kind}" or (arm == method and kind == "learnability"):
+            scored = method != "uniform" and arm == f"{method}_{kind}"
+            if scored or (arm == method and kind == "learnability"):
                 return method, kind
     raise ValueError(f"--arms: {arm!r} is none of {', '.join(METHODS)}, nor one of them with a "
                      f"score behind it ({', '.join('_' + k for k in SCORES)})")
@@ -733,7 +747,8 @@ def arm_cost(arm, reuse=False, *, config, model, reference_model):
         method, kind, config.batch_size, super_batch_size(config), forward_flops(model),
         F_low=forward_flops(cut_at(model, config.low_patch)) if method == "flexi_jest" else 0,
         F_reference=forward_flops(reference_model) if computed else 0, n_chunks=config.n_chunks,
-        embed=config.embed, cotrain=config.cotrain, reuse=reuse)
+        embed=config.embed, cotrain=config.cotrain, reuse=reuse,
+        independent_score=config.independent_score)
 
 
 def embed_pool(params, pool, forward, batch_size, path):
@@ -743,7 +758,8 @@ def embed_pool(params, pool, forward, batch_size, path):
         parts = list(stage.forward_all(params, forward, pool, batch_size))
         return ({k: np.concatenate([got[k] for got, _ in parts]) for k in ("image", "text")},
                 sum(seconds for _, seconds in parts))
-    return stage.cached(path, params, pool, make)
+    arrays, seconds = stage.cached(path, params, pool, make)
+    return {k: arrays[k] for k in ("image", "text")}, seconds  # a file has 'id' too
 
 
 def iteration_cost(arms, cost):
@@ -753,7 +769,7 @@ def iteration_cost(arms, cost):
     for arm in arms:
         if arm != "uniform":
             once, reused = (of(arm, reuse) / of("uniform", False) for reuse in (False, True))
-            share = cost(arm, False)["selection"] / report.total_flops(cost(arm, False))
+            share = cost(arm, False)["selection"] / of(arm, False)
             lines.append(f"an iteration of {arm} costs {100 * once:.0f} % of uniform's; "
                          f"{100 * reused:.0f} % if the forward of what is picked were reused; the "
                          f"sampler is {100 * share:.1f} % of it")
@@ -830,7 +846,6 @@ def main():
             path = config.score_cache or os.path.join(config.workdir, "embeddings-{seed}.npz")
             given, took = embed_pool(params, pool, forwards[reference_model][0], b,
                                      path.format(seed=seed))
-            given = {k: given[k] for k in ("image", "text")}
             flops["reference_scoring"] = len(pool) * F_reference
             seconds += took
         return params, given, flops, seconds
@@ -856,12 +871,13 @@ def main():
                 params, given, one_off, seconds = reference
                 state["reference"] = affine(params) if given else params
             if method != "uniform":
-                pool, n = rest, B
+                pool, n = rest, B  # the curated part is the reference's; uniform has the whole pool
                 batch = next(load(pool, seed, made[arm].steps, made[arm].steps + 1, B, given))
                 look = lambda state, batch=batch, arm=arm: jax.device_get(made[arm].look(
                     state, key_steps, batch))
             state = train(arm, seed, pool, state, key_steps, model, n_scored=n, given=given,
                           look=look, one_off=one_off, setup_seconds=seconds, per_step=cost(arm))
+            # picks.png: of the first arm that selects, but rather of jest than of independent
             if look and (shown is None or (method == "jest" and shown["arm"] == "independent")):
                 _, score_B, pick_S = look(state)
                 shown = dict(arm=arm, pool=pool, score_B=score_B, pick_S=pick_S,

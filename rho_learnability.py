@@ -244,25 +244,25 @@ def training_loss(out, params, batch, model, smoothing=0.0):
         target_SC = optax.smooth_labels(jax.nn.one_hot(batch["label"], out.shape[-1]), smoothing)
         return optax.softmax_cross_entropy(out, target_SC).mean()
     image_SE, text_SE = out
-    first = jax.lax.axis_index(AXIS) * len(image_SE)  # where this device's rows stand in the batch
+    offset = jax.lax.axis_index(AXIS) * len(image_SE)  # where this device's rows stand in the batch
     if model.loss == "sigmoid":
-        return sigmoid_loss(image_SE, devices.gather(text_SE), params["log_t"], params["b"], first)
-    return 0.5 * (softmax_loss(image_SE, devices.gather(text_SE), params["log_t"], first)
-                  + softmax_loss(text_SE, devices.gather(image_SE), params["log_t"], first))
+        return sigmoid_loss(image_SE, devices.gather(text_SE), params["log_t"], params["b"], offset)
+    return 0.5 * (softmax_loss(image_SE, devices.gather(text_SE), params["log_t"], offset)
+                  + softmax_loss(text_SE, devices.gather(image_SE), params["log_t"], offset))
 
 
-def softmax_loss(x_SE, y_AE, log_t, first=0):
-    """One direction of InfoNCE (CLIP): row i of x against all A rows of y; its own is first + i."""
+def softmax_loss(x_SE, y_AE, log_t, offset=0):
+    """One direction of InfoNCE (CLIP): row i of x against all A rows of y; its own is offset + i."""
     logits_SA = jnp.exp(log_t) * jnp.einsum("se,ae->sa", x_SE, y_AE)
-    own_S = first + jnp.arange(len(x_SE))
+    own_S = offset + jnp.arange(len(x_SE))
     return optax.softmax_cross_entropy_with_integer_labels(logits_SA, own_S).mean()
 
 
-def sigmoid_loss(x_SE, y_AE, log_t, b, first=0):
+def sigmoid_loss(x_SE, y_AE, log_t, b, offset=0):
     """SigLIP: mean over rows i of sum over j of -log sigmoid(+-(t x_i.y_j + b)), + for own j, with
     t = exp(log_t)."""
     logits_SA = jnp.exp(log_t) * jnp.einsum("se,ae->sa", x_SE, y_AE) + b
-    own_S = first + jnp.arange(len(x_SE))
+    own_S = offset + jnp.arange(len(x_SE))
     sign_SA = 2 * jax.nn.one_hot(own_S, len(y_AE)) - 1
     return -jax.nn.log_sigmoid(sign_SA * logits_SA).sum(1).mean()
 

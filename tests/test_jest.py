@@ -281,6 +281,12 @@ def pairs(n, side=16, seed=0):
             "noisy": rng.random(n) < 0.5, **{f"at{i}": np.arange(n) == i for i in range(n)}}
 
 
+def coarse_side(params, batch):
+    """At patch 8, twice the stored one."""
+    params, model = jest.at_patch(params, tiny(), 8)
+    return jest.embed(params, batch, model)
+
+
 def test_an_upsampled_image_gives_the_same_tokens():
     model = tiny()
     params = params_of(model)
@@ -316,7 +322,7 @@ def test_flexi_batch_is_half_coarse():
     params, batch = params_of(model), pairs(8)
     got = jest.embed_flexi(params, batch, model, 8)
     fine = jest.embed(params, batch, model)
-    coarse = jest.embed(*jest.swap(jest.at_patch(params, model, 8), batch))
+    coarse = coarse_side(params, batch)
     np.testing.assert_allclose(got["image"][:4], fine["image"][0::2], atol=1e-5)
     np.testing.assert_allclose(got["image"][4:], coarse["image"][1::2], atol=1e-5)
     np.testing.assert_allclose(got["text"], fine["text"][np.r_[0:8:2, 1:8:2]], atol=1e-5)
@@ -415,7 +421,7 @@ def test_the_step_draws_as_it_is_told(method, knobs):
 def test_flexi_scores_coarsely_and_trains_half_and_half():
     state, batch = first_state(), pairs(16)
     _, metrics = run_steps("flexi_jest", 1, steps=1)
-    learner = jest.embed(*jest.swap(jest.at_patch(state["learner"]["params"], tiny(), 8), batch))
+    learner = coarse_side(state["learner"]["params"], batch)
     reference = jest.embed(state["reference"], batch, tiny(size="8/1/16/1"))
     picks = np.sort(jest.jointly_sample(jax.random.fold_in(jax.random.key(0), 0), learner,
                                         reference, 8, 3))
@@ -482,7 +488,7 @@ def test_the_diagnosis_of_a_super_batch_is_the_slow_one(on_devices, low_patch):
     params, reference = state["learner"]["params"], jest.embed(state["reference"], batch, small)
     full = used = jest.embed(params, batch, tiny()), reference
     if low_patch:
-        used = jest.embed(*jest.swap(jest.at_patch(params, tiny(), low_patch), batch)), reference
+        used = coarse_side(params, batch), reference
     S, S_used = (slow_jest.score_matrix("learnability", *map(slow, x)) for x in (full, used))
     joint = {name: jest.jointly_sample(key, *x, 8, 3)
              for name, x in (("used", used), ("full", full))}
@@ -548,21 +554,24 @@ def test_every_role_is_charged_where_it_is_spent():
     assert set(bill("jest")) <= set(report.LEVELS["no_amortisation"])
 
 
+@pytest.mark.parametrize("n_chunks", [3, 1, "super_batch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_sampler_s_products_are_those_of_its_bill(kind):
+def test_the_sampler_s_products_are_those_of_its_bill(kind, n_chunks):
     """Matrix products of the traced sampler, loops included, against 2 E per element."""
-    B, b, n_chunks, E = 40, 12, 3, 8
-    s = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in
-         {"image": (B, E), "text": (B, E), "log_t": (), "b": ()}.items()}
-    traced = jax.make_jaxpr(functools.partial(jest.jointly_sample, n_select=b, n_chunks=n_chunks,
-                                              kind=kind, tile=10))(jax.random.key(0), s, s)
-    added = b - b // n_chunks
-    per_model = 2 * B * added * 2 * E + B * 2 * E
+    B, b, E = 40, 12, 8
+    side = {"image": np.ones((B, E), np.float32), "text": np.ones((B, E), np.float32),
+            "log_t": np.float32(1), "b": np.float32(0)}
+    if n_chunks == "super_batch":
+        draw, added, n_chunks = functools.partial(jest.independently_sample, score=n_chunks), B, 1
+        billed = jest.sampler_flops(kind, b, B, 1, E, "super_batch")
+    else:
+        draw = functools.partial(jest.jointly_sample, n_chunks=n_chunks, tile=10)
+        added, billed = b - b // n_chunks, jest.sampler_flops(kind, b, B, n_chunks, E)
+    traced = jax.make_jaxpr(lambda key: draw(key, side, side, n_select=b, kind=kind))(
+        jax.random.key(0))
     models = len(jest.SCORES[kind])
-    # the diagonal's product is traced twice (in the loop and after it): the bill has it once
-    counted = dot_flops(traced.jaxpr) - (n_chunks - 1) * models * B * 2 * E
-    assert counted == models * per_model
-    billed = jest.sampler_flops(kind, b, B, n_chunks, E)
+    counted = dot_flops(traced.jaxpr)
+    assert counted == models * (2 * B * added * 2 * E + B * 2 * E)
     rest = models * 5 * (2 * B * added + B) + n_chunks * B * (3 + B.bit_length())
     assert billed == counted + rest
 
@@ -573,6 +582,8 @@ def test_the_sampler_s_products_are_those_of_its_bill(kind):
 def test_arms_are_a_method_and_a_score():
     assert jest.split_arm("jest") == ("jest", "learnability")
     assert jest.split_arm("flexi_jest_hard_learner") == ("flexi_jest", "hard_learner")
+    with pytest.raises(ValueError, match="--arms"):
+        jest.split_arm("uniform_easy_reference")
     with pytest.raises(ValueError, match="--arms"):
         jest.split_arm("jest_magic")
 
