@@ -282,13 +282,13 @@ def jointly_sample(key, learner, reference, n_select, n_chunks=16, *, kind="lear
     sides = {name: {"learner": learner, "reference": reference}[name] for name in SCORES[kind]}
     everyone = {name: {k: gather(side[k]) for k in ("image", "text")}
                 for name, side in sides.items()}
-    own_N = {name: own_loss(side, loss) for name, side in sides.items()}
+    own = {name: own_loss(side, loss) for name, side in sides.items()}
     sizes = chunk_sizes(n_select, n_chunks)
     C = max(sizes)
     real_KC = np.arange(C) < np.array(sizes)[:, None]  # some chunks are one short
 
     def pick(k, sums, taken_B):
-        logits_N = sum(sign * conditional_loss(own_N[name], sums[name], loss)
+        logits_N = sum(sign * conditional_loss(own[name], sums[name], loss)
                        for name, sign in SCORES[kind].items())
         if first == "uniform":
             logits_N = jnp.where(k == 0, 0.0, logits_N)
@@ -456,6 +456,11 @@ def adam(peak, steps, *, warmup=0.05, weight_decay=1e-4, b2=0.95, clip_norm=1.0)
         schedule, b2=b2, weight_decay=weight_decay, mask=linear))
 
 
+def new_state(key, model, optimiser):
+    params = init(key, model)
+    return {"params": params, "opt": optimiser.init(params)}
+
+
 def update(state, batch, model, optimiser, low_patch=0):
     """One step of {'params', 'opt'} on a sharded batch, and the loss before it. `low_patch`: cuts
     every second image that coarsely."""
@@ -551,8 +556,8 @@ def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chun
 
 def sampler_flops(kind, b, B, n_chunks, embed, score="self"):
     """FLOPs of `jointly_sample`: per model, two [B, C] blocks a chunk but the last, each element
-    2 E for the product and 5 for scale, shift, exp, the sum of logarithms and its share of them;
-    the diagonal; and per chunk noise, mask and log2(B) comparisons a candidate. score
+    2 E for the product and 5 for scale, shift, exp and its share of logarithms and sums; the
+    diagonal; and per chunk noise, mask and log2(B) comparisons a candidate. score
     'super_batch', of `independently_sample`: two [B, B] blocks."""
     added = B if score == "super_batch" else b - chunk_sizes(b, n_chunks)[-1]
     per_model = 2 * B * added * (2 * embed + 5) + B * (2 * embed + 5)
@@ -706,11 +711,6 @@ def build_model(config, size, source, vocab):
     return Model(config.loss,
                  vit.ViT(size, side, config.patch, config.embed, source.image_shape[2], **shared),
                  vit.Text(size, vocab, config.context, config.embed, **shared))
-
-
-def new_state(key, model, optimiser):
-    params = init(key, model)
-    return {"params": params, "opt": optimiser.init(params)}
 
 
 def make_arm(arm, config, model, reference_model):
