@@ -26,6 +26,14 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def drop_compiled_programs():
+    """At the end of each file: a process that keeps thousands of programs runs into the number of
+    memory mappings that Linux allows it, and XLA dies of that without a word."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def on_devices():
     """on_devices(n, fn, *args, in_axes=...): fn under pmap over the first n devices, where its
