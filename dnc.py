@@ -900,12 +900,12 @@ def main():
         base_and_row = None
         for arm in config.arms:
             steps, experts, extra, cluster_N = steps_of[arm], [], {}, None
-            first = new_state(key_init, model, optimiser, steps["base"])
+            contrast = lambda name: train(name, seed, "moclr", new_state(
+                key_init, model, optimiser, steps["base"]), key_steps, pool, "base")
             if not steps["distil"]:  # moclr, moclr_flops
-                train(arm, seed, "moclr", first, key_steps, pool, "base")
+                contrast(arm)
                 continue
-            base, row = base_and_row = base_and_row or train(
-                "base", seed, "moclr", first, key_steps, pool, "base")
+            base, row = base_and_row = base_and_row or contrast("base")
             if arm in ("dnc", "dnc_random"):
                 cluster_N, took = clusters(
                     path, key_divide, encoder_of(base), forward, pool, b, K, seed=seed,
