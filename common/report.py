@@ -442,9 +442,9 @@ def draw_picks(rows, ids, score_B, pick_S, *, pool, arm, path, columns=12):
             if c == 0:
                 ax.set_ylabel(title, fontsize=12)
     selection_curves(fig.add_subplot(grid[3, :]), rows)
-    fig.suptitle(f"What {arm} takes and leaves of one super-batch, after training. Above an image "
-                 "its score, below it the label or caption it came with, in orange where that is "
-                 "wrong")
+    fig.suptitle(f"What {arm} takes and leaves of one super-batch, after training\n"
+                 "above an image its score, below it the label or caption it came with, in orange "
+                 "where that is wrong")
     fig.savefig(path, dpi=110)
 
 
