@@ -1,26 +1,27 @@
 """JEST: Data Curation via Joint Example Selection (Evans et al., 2406.17711), and Flexi-JEST.
 
-Contrastive learning of images and texts, where a batch is worth more than its examples one by one:
-its negatives are in it. Per step
+Contrastive learning of images and texts. The pairs of a batch are each other's negatives, so a
+batch is worth more than the sum of its examples. JEST therefore chooses a batch jointly. Per step
   1. draw a super-batch of B = b / (1 - f) pairs uniformly                    `data.batches`
   2. embed it with the learner, and with a frozen reference                   `embed`
   3. S[i,j] = loss of pair (i,j) under the learner - under the reference      `score_matrix`
-  4. draw a sub-batch T of b in chunks; after the first chunk, candidate i not in T is drawn with
-     probability softmax(S[i,i] + sum over j in T of S[i,j] + S[j,i])         `jointly_sample`
+  4. draw a sub-batch T of b pairs in chunks. Candidate i, not in T, is drawn with probability
+     softmax(gain * (S[i,i] + sum over j in T of S[i,j] + S[j,i]))            `jointly_sample`
   5. update the learner on T, with the ordinary contrastive loss              `update`
-Flexi-JEST scores at a coarser patch, and trains half of T at it (`at_patch`, `embed_flexi`).
-`step_flops` keeps the bill. The reference is trained first, on a small curated part of the pool.
+With the softmax loss, 3 and 4 are `jointly_sample_softmax` (Algorithm 3). Flexi-JEST scores at a
+coarser patch, and trains half of T at it (`at_patch`, `embed_flexi`). `step_flops` keeps the bill.
+The reference is trained first, on a small curated part of the pool.
 
-Dimension letters: B super-batch, N a device's share of it, S sub-batch (b), C chunk, K chunks, G
-groups within one, A all rows of a batch on all devices, E embedding, P patch side, D width, H W
-image. T is the sub-batch so far; as a dimension, tokens.
+Dimension letters: B super-batch, N a device's share of it, S sub-batch (b), C chunk, K chunks,
+A all rows of a batch on all devices, E embedding, P patch side, D width, H W image. T is the
+sub-batch so far; as a dimension, tokens.
 
 Minutes on a CPU:       python jest.py
 README's measurements:  python jest.py --preset=emoji, and more flags: see there
 Model of the paper:     python jest.py --preset=siglip_B  (a trial, on generated images)
 
-Where the paper is silent there is a flag (first chunk, temperature, what an independent score is);
-where we differ: README, "jest.py, beside the paper".
+Where the paper's print and its text disagree there is a flag (first chunk, score gain). Where we
+differ from it: README, "jest.py, beside the paper".
 """
 
 import dataclasses
@@ -57,13 +58,13 @@ PRESETS = {
         reference_noise=0.0, steps=1200, active_steps=300, reference_steps=800, batch_size=128,
         eval_every=30, learning_rate=5e-4, active_learning_rate=1e-3,
         reference_learning_rate=1e-3),
-    # the paper's models on generated images. Its run: --batch_size=32768 --steps=122070 (4e9 pairs)
-    # --warmup=0.164 (20k steps), a 32k sentencepiece --tokenizer (bytes cut captions short) and a
-    # --reference_dataset of about 1e8 curated pairs
+    # The paper's models and optimiser (A.1) on generated images. Its run also has
+    # --batch_size=32768 --steps=91553 (3e9 pairs), a 32k sentencepiece --tokenizer (bytes cut
+    # captions short) and a --reference_dataset of about 1e8 curated pairs.
     "siglip_B": dict(
         image_size=256, toy_examples=4096, model="B", patch=16, low_patch=32, context=64, embed=768,
-        dtype="bfloat16", filter_ratio=0.8, n_chunks=16, batch_size=256, steps=1000,
-        reference_steps=100, reference_scores="computed"),
+        dtype="bfloat16", filter_ratio=0.8, n_chunks=16, batch_size=256, steps=1000, warmup=0.01,
+        beta2=0.95, reference_steps=100, reference_scores="computed"),
 }
 
 
@@ -77,11 +78,11 @@ def define_flags():
                   "_hard_learner behind it (plain: learnability); the first is the baseline")
     f.DEFINE_float("filter_ratio", 0.8, "f = 1 - b/B: part of the super-batch that is left out")
     f.DEFINE_integer("n_chunks", 16, "chunks in which jest draws its sub-batch")
-    f.DEFINE_enum("first_chunk", "self", ["self", "uniform"], "drawn by the self-scores S[i,i] "
-                  "(the paper's comment), or uniformly (its code)")
-    f.DEFINE_float("temperature", 1.0, "T of softmax(logit / T) (paper: none printed)")
-    f.DEFINE_enum("independent_score", "self", ["self", "super_batch"], "of the independent arm: "
-                  "S[i,i] (jest's first chunk), or the example's loss in the super-batch")
+    f.DEFINE_enum("first_chunk", "self", ["self", "uniform"], "'self': the first chunk is drawn by "
+                  "the self-scores S[i,i] (section 3.2); 'uniform': uniformly (the printed "
+                  "algorithm, read as code)")
+    f.DEFINE_float("score_gain", 100.0, "multiplies the scores before a chunk is drawn from their "
+                   "softmax (Algorithm 2 prints 100, close to greedy); 1 / temperature")
     f.DEFINE_float("curated_fraction", 0.2, "part of the pool that is set apart to train the "
                    "reference")
     f.DEFINE_float("reference_noise", 0.0, "caption noise of that part; -1: the pool's")
@@ -120,8 +121,8 @@ def define_flags():
     f.DEFINE_float("active_learning_rate", 0.0, "peak in every arm but uniform, whose best is "
                    "lower where most captions are wrong; 0: --learning_rate")
     f.DEFINE_float("reference_learning_rate", 1e-3, "peak, of the reference")
-    f.DEFINE_float("weight_decay", 1e-4, "AdamW's: times the learning rate, as in optax; on the "
-                   "weights of linear maps")
+    f.DEFINE_float("weight_decay", 1e-4, "part of the weights of linear maps that a step at the "
+                   "peak takes off; follows the schedule, not times the learning rate")
     f.DEFINE_float("beta2", 0.95, "of Adam")
     f.DEFINE_float("clip_norm", 1.0, "gradients are scaled down to this global norm")
     f.DEFINE_float("warmup", 0.05, "fraction of the steps")
@@ -148,23 +149,30 @@ def init(key, model):
 
 
 def embed(params, batch, model):
-    """A side: L2-normalised embeddings 'image', 'text' [N, E] under one model, and what turns their
-    products into logits, 'log_t' and (sigmoid) 'b'."""
+    """The embeddings of a batch under one model, with its logit scale and bias.
+
+    Returns a dict: 'image', 'text' [N, E], L2-normalised, and the scalars 'log_t' and (for the
+    sigmoid loss) 'b'. The logit of image i and text j is exp(log_t) image_i.text_j + b.
+    """
     return {"image": embed_image(params, batch["image"], model),
             "text": unit(vit.text_apply(params["text"], batch["tokens"], model.text)),
-            **affine(params)}
+            **logit_scale_and_bias(params)}
 
 
 def embed_image(params, image_NHWC, model):
+    """uint8 images -> their embeddings [N, E]."""
     image_NHWC = image_NHWC.astype(jnp.float32) / 127.5 - 1
     return unit(vit.vit_apply(params["image"], image_NHWC, model.image))
 
 
-def unit(z_NE):
-    return z_NE / (jnp.linalg.norm(z_NE, axis=-1, keepdims=True) + 1e-6)
+def unit(x_NE):
+    """Rows of length 1. The small number is under the root, where it keeps the gradient of a row
+    of zeros finite."""
+    return x_NE * jax.lax.rsqrt(jnp.square(x_NE).sum(-1, keepdims=True) + 1e-12)
 
 
-def affine(params):
+def logit_scale_and_bias(params):
+    """{'log_t'} of the softmax loss, {'log_t', 'b'} of the sigmoid loss."""
     return {k: params[k] for k in ("log_t", "b") if k in params}
 
 
@@ -176,37 +184,42 @@ def forward_flops(model):
 # --------------------------------------------------------------------- losses (eqs 1 and 2)
 
 
-def contrastive_loss(side_S, loss, axis=None):
-    """The loss of a sub-batch, a side. Inside `pmap` with `axis` named, this device's part of it:
-    the mean over its rows, with the negatives of all devices. Its gradient, averaged over the
-    devices, is that of the whole."""
-    gather = rows_of_all(axis)
-    offset = jax.lax.axis_index(axis) * len(side_S["image"]) if axis else 0  # of this device's rows
-    image_AE, text_AE = gather(side_S["image"]), gather(side_S["text"])
+def contrastive_loss(embeddings_S, loss, axis=None):
+    """The loss of a sub-batch, from its embeddings (see `embed`).
+
+    Inside `pmap` with `axis` named, this returns the device's part of the loss: the mean over its
+    own rows, with the negatives of all devices. The gradient of that part, averaged over the
+    devices, is the gradient of the whole loss.
+    """
+    image_SE, text_SE = embeddings_S["image"], embeddings_S["text"]
+    image_AE, text_AE = gather(image_SE, axis), gather(text_SE, axis)
+    offset = jax.lax.axis_index(axis) * len(image_SE) if axis else 0  # where our rows begin
     if loss == "sigmoid":
-        return sigmoid_loss(side_S["image"], text_AE, side_S["log_t"], side_S["b"], offset)
-    return 0.5 * (softmax_loss(side_S["image"], text_AE, side_S["log_t"], offset)
-                  + softmax_loss(side_S["text"], image_AE, side_S["log_t"], offset))
+        return sigmoid_loss(image_SE, text_AE, embeddings_S["log_t"], embeddings_S["b"], offset)
+    return 0.5 * (softmax_loss(image_SE, text_AE, embeddings_S["log_t"], offset)
+                  + softmax_loss(text_SE, image_AE, embeddings_S["log_t"], offset))
 
 
-def rows_of_all(axis):
-    """x [N, ...] -> the rows of all devices, or what there is where no axis is named."""
-    return (lambda x: jax.lax.all_gather(x, axis, tiled=True)) if axis else jnp.asarray
+def gather(x, axis=None):
+    """x [N, ...] of every device, in order, [A, ...]; without an axis, x as it is."""
+    return jax.lax.all_gather(x, axis, tiled=True) if axis else jnp.asarray(x)
 
 
 def softmax_loss(x_SE, y_AE, log_t, offset=0):
-    """Eq 1, one direction: row i of x against all A rows of y; its own is offset + i."""
+    """Eq 1, one direction: cross-entropy of row i of x against all A rows of y. The right one for
+    row i is row offset + i."""
     logits_SA = jnp.exp(log_t) * jnp.einsum("se,ae->sa", x_SE, y_AE)
     own_S = offset + jnp.arange(len(x_SE))
     return optax.softmax_cross_entropy_with_integer_labels(logits_SA, own_S).mean()
 
 
 def sigmoid_loss(x_SE, y_AE, log_t, b, offset=0):
-    """Eq 2: mean over rows i of sum over j of -log sigmoid(+-(t x_i.y_j + b)), + for i's own j."""
+    """Eq 2: mean over rows i of the sum over j of -log sigmoid(label (t x_i.y_j + b)). The label is
+    1 for i's own row of y, which is row offset + i, and -1 for all others."""
     logits_SA = jnp.exp(log_t) * jnp.einsum("se,ae->sa", x_SE, y_AE) + b
     own_S = offset + jnp.arange(len(x_SE))
-    sign_SA = 2 * jax.nn.one_hot(own_S, len(y_AE)) - 1
-    return -jax.nn.log_sigmoid(sign_SA * logits_SA).sum(1).mean()
+    label_SA = 2 * jax.nn.one_hot(own_S, len(y_AE)) - 1
+    return -jax.nn.log_sigmoid(label_SA * logits_SA).sum(1).mean()
 
 
 # ------------------------------------------- joint selection (Algorithm 1), as it is printed
@@ -215,43 +228,60 @@ def sigmoid_loss(x_SE, y_AE, log_t, b, offset=0):
 def score_matrix(kind, learner, reference):
     """S [B, B], image i, text j: the sigmoid loss of each pair under each model, by the model's own
     t and b, summed with the signs of SCORES[kind] (learnability: learner - reference)."""
-    def losses(side):
-        logits_BB = (jnp.exp(side["log_t"]) * jnp.einsum("ie,je->ij", side["image"], side["text"])
-                     + side["b"])
-        sign_BB = 2 * jnp.eye(len(logits_BB)) - 1
-        return -jax.nn.log_sigmoid(sign_BB * logits_BB)
-    sides = {"learner": learner, "reference": reference}
-    return sum(sign * losses(sides[name]) for name, sign in SCORES[kind].items())
+    def losses(embeddings):
+        t, b = jnp.exp(embeddings["log_t"]), embeddings["b"]
+        logits_BB = t * jnp.einsum("ie,je->ij", embeddings["image"], embeddings["text"],
+                                   precision="highest") + b
+        label_BB = 2 * jnp.eye(len(logits_BB)) - 1
+        return -jax.nn.log_sigmoid(label_BB * logits_BB)
+    models = {"learner": learner, "reference": reference}
+    return sum(sign * losses(models[name]) for name, sign in SCORES[kind].items())
 
 
-def jointly_sample_dense(key, score_BB, n_select, n_chunks=16, *, first="self", temperature=1.0):
-    """Algorithm 1 to be read, and to check `jointly_sample` by: the same picks [b], from S itself.
-    first: 'self' is the print's comment, 'uniform' its code. The logits are sums: divided by the
-    number of their terms they would have another temperature."""
-    B = len(score_BB)
-    sampled_B = jnp.zeros(B)
+def jointly_sample_dense(key, score_BB, n_select, n_chunks=16, *, score_gain=100.0, first="self"):
+    """Algorithm 1 on the whole matrix S, written to be read. `jointly_sample` makes the same picks
+    without the matrix and is tested against this.
+
+    A chunk is drawn from one set of logits, so that its members do not see each other. The logits
+    are sums, as printed: dividing them by the size of T would change the temperature as T grows.
+
+    Args:
+      score_BB: `score_matrix`.
+      first: 'self' draws the first chunk by the self-scores S[i,i] (section 3.2); 'uniform' draws
+        it uniformly, as the print does if it is read as code.
+
+    Returns: indices [n_select] in the order drawn.
+    """
+    dot = functools.partial(jnp.dot, precision="highest")
+    drawn_B = jnp.zeros(len(score_BB))  # 1 for the members of T
     picks = []
     for k, size in enumerate(chunk_sizes(n_select, n_chunks)):
-        logits_B = jnp.diag(score_BB)
-        logits_B += (score_BB * sampled_B[None, :]).sum(1)  # S[i, j] over j in T
-        logits_B += (score_BB * sampled_B[:, None]).sum(0)  # S[j, i] over j in T
+        # Sums over T as two matrix-vector products. Do not write them as masked sums over the two
+        # axes: jaxlib 0.10.2 on a CPU fuses those under jit(vmap) and adds up wrongly.
+        score_B = jnp.diag(score_BB) + dot(score_BB, drawn_B) + dot(drawn_B, score_BB)
         if k == 0 and first == "uniform":
-            logits_B = jnp.zeros(B)
-        picks.append(draw(jax.random.fold_in(key, k), logits_B / temperature, sampled_B > 0, size))
-        sampled_B = sampled_B.at[picks[-1]].set(1)
+            score_B = jnp.zeros_like(score_B)
+        pick_C = draw(jax.random.fold_in(key, k), score_gain * score_B, drawn_B > 0, size)
+        drawn_B = drawn_B.at[pick_C].set(1)
+        picks.append(pick_C)
     return jnp.concatenate(picks)
 
 
 def chunk_sizes(n_select, n_chunks):
-    """n_chunks sizes that add up to n_select exactly and differ by one at most, in whole numbers
-    (int(163840 * (1 - 0.8) / 16) is 2047: floating point has no place here)."""
+    """n_chunks sizes that add up to n_select exactly and differ by one at most. Whole numbers only:
+    in floating point int(163840 * (1 - 0.8) / 16) is 2047, one short."""
     edges = [k * n_select // n_chunks for k in range(n_chunks + 1)]
-    return [b - a for a, b in zip(edges, edges[1:])]
+    return [end - begin for begin, end in zip(edges, edges[1:])]
 
 
 def draw(key, logits_B, taken_B, size):
-    """Indices [size], drawn one after the other with probability softmax(logits) among what is left
-    (Gumbel-top-k); those in `taken_B` never (want `size` others), and NaN last (top_k: first)."""
+    """Draws `size` candidates without replacement and returns their indices.
+
+    Each is drawn with probability softmax(logits) among the candidates that are left. Adding Gumbel
+    noise and taking the largest does exactly that, and never takes an exponential of a logit, which
+    at a gain of 100 would overflow. Candidates in `taken_B` are never drawn; at least `size` others
+    must be left. A logit that is NaN is drawn last, where top_k would take it first.
+    """
     logits_B = jnp.nan_to_num(logits_B.astype(jnp.float32), nan=-1e30, posinf=1e30, neginf=-1e30)
     logits_B += jax.random.gumbel(key, logits_B.shape)
     return jax.lax.top_k(jnp.where(taken_B, -jnp.inf, logits_B), size)[1]
@@ -261,166 +291,216 @@ def draw(key, logits_B, taken_B, size):
 
 
 def jointly_sample(key, learner, reference, n_select, n_chunks=16, *, kind="learnability",
-                   loss="sigmoid", first="self", temperature=1.0, axis=None, tile=2048):
-    """Indices [b] of the sub-batch in the order drawn, chunk by chunk: the picks of Algorithm 1, in
-    memory of order B. Want n_chunks <= n_select = b <= B.
+                   score_gain=100.0, first="self", axis=None, tile=2048):
+    """Algorithm 1 (sigmoid loss) in memory of order B: the picks of `jointly_sample_dense`.
 
-    S never exists (107 GB at the paper's B = 163,840). Each candidate keeps a running sum of its
-    terms with what was drawn so far; a new chunk adds one [B, C] block of each model and direction,
-    computed from the embeddings, a `tile` of candidates at a time: 4 b B E FLOPs a model in all.
-    To choose within each device's share would be another algorithm.
+    At the paper's B = 163,840 the matrix S would take 107 GB. It is never made. Each candidate
+    keeps one running sum, S[i,i] + sum over j in T of S[i,j] + S[j,i]. It starts at S[i,i]. After a
+    chunk is drawn, the terms with that chunk are computed from the embeddings, `tile` candidates at
+    a time, and added: 4 b B E FLOPs for each model in all.
+
+    Inside `pmap` with `axis` named, a device keeps the sums of its own N = B / n candidates. The
+    logits are gathered and `key` is the same everywhere, so that all devices draw the same picks
+    out of all B candidates. Selecting within each device's share would be another algorithm.
 
     Args:
-      key: the same on every device.
-      learner, reference: sides (see `embed`) of the B candidates; either may be None where `kind`
-        does not ask for it. Inside `pmap` with `axis` named, a device's N = B / n rows of them: it
-        keeps the sums of its own candidates, and every device draws the same global picks.
-      kind: of SCORES. loss: 'sigmoid', or 'softmax' with its own, see `conditional_loss`.
-      first: the first chunk is drawn by 'self'-scores, or 'uniform'ly. temperature: of the logits.
-    """
-    gather = rows_of_all(axis)
-    sides = {name: {"learner": learner, "reference": reference}[name] for name in SCORES[kind]}
-    everyone = {name: {k: gather(side[k]) for k in ("image", "text")}
-                for name, side in sides.items()}
-    own = {name: own_loss(side, loss) for name, side in sides.items()}
-    sizes = chunk_sizes(n_select, n_chunks)
-    C = max(sizes)
-    real_KC = np.arange(C) < np.array(sizes)[:, None]  # some chunks are one short
+      learner, reference: embeddings (see `embed`) of the candidates. The model that `kind` does not
+        use may be None.
+      n_select, n_chunks: needs n_chunks <= n_select = b <= B.
+      kind: one of SCORES. first: see `jointly_sample_dense`.
 
-    def pick(k, sums, taken_B):
-        logits_N = sum(sign * conditional_loss(own[name], sums[name], loss)
-                       for name, sign in SCORES[kind].items())
+    Returns: indices [n_select] into the B candidates, in the order drawn.
+    """
+    models = models_of(kind, learner, reference)
+
+    def add_chunk(score_N, chunk, used_C):
+        for name, sign in SCORES[kind].items():
+            score_N += sign * negative_terms(models[name], chunk[name], used_C, tile)
+        return score_N
+
+    return draw_in_chunks(
+        key, models, n_select, n_chunks, self_score(kind, learner, reference, "sigmoid"),
+        lambda k, score_N: score_N, add_chunk, score_gain=score_gain, first=first, axis=axis)
+
+
+def models_of(kind, learner, reference):
+    """{name: embeddings} of the models that the score `kind` is made of."""
+    return {name: {"learner": learner, "reference": reference}[name] for name in SCORES[kind]}
+
+
+def self_score(kind, learner, reference, loss):
+    """S[i,i] [N]: the score of each pair by itself."""
+    models = models_of(kind, learner, reference)
+    return sum(sign * positive_term(models[name], loss) for name, sign in SCORES[kind].items())
+
+
+def positive_term(embeddings, loss):
+    """The loss of each pair by itself under one model, [N]: -log sigmoid(t z_i.z_i + b) for the
+    sigmoid loss, -t z_i.z_i for the softmax loss."""
+    logits_N = jnp.exp(embeddings["log_t"]) * jnp.einsum(
+        "ne,ne->n", embeddings["image"], embeddings["text"], precision="highest")
+    return jax.nn.softplus(-logits_N - embeddings["b"]) if loss == "sigmoid" else -logits_N
+
+
+def negative_terms(embeddings, chunk, used_C, tile):
+    """Sum over the members j of a chunk of l[i,j] + l[j,i] under one model, [N]. Candidate i is not
+    among them, so every such pair is a negative."""
+    t, b = jnp.exp(embeddings["log_t"]), embeddings["b"]
+    return (sum_of_softplus(embeddings["image"], chunk["text"], t, b, used_C, tile)
+            + sum_of_softplus(embeddings["text"], chunk["image"], t, b, used_C, tile))
+
+
+def sum_of_softplus(x_NE, y_CE, t, b, used_C, tile):
+    """For each row x_i the sum over the used rows y_j of softplus(t x_i.y_j + b), [N].
+
+    softplus(z) = -log sigmoid(-z) is the loss of a negative pair of logit z.
+    """
+    def of_row(x_E):
+        # full precision: the gain turns an error of 0.001 in a score into one of 0.1 in a logit
+        logits_C = t * jnp.einsum("ce,e->c", y_CE, x_E, precision="highest") + b
+        return jax.nn.softplus(logits_C).sum(where=used_C)
+    return jax.lax.map(of_row, x_NE, batch_size=tile)  # one matrix product for each tile of rows
+
+
+def draw_in_chunks(key, models, n_select, n_chunks, state, score_of, add_chunk, *, score_gain,
+                   first, axis):
+    """The loop that the sigmoid and the softmax sampler share. Returns indices [n_select].
+
+    Args:
+      models: `models_of`.
+      state: what the sampler keeps of the pairs drawn so far, at first of none.
+      score_of: (k, state) -> the conditional scores [N] by which chunk k is drawn.
+      add_chunk: (state, chunk, used_C) -> the state once a chunk is drawn. chunk has the chunk's
+        embeddings by each model, {name: {'image', 'text'}} [C, E].
+
+    Every turn draws C pairs, as many as the largest chunk has, because a loop needs the same shapes
+    in all turns. If a chunk is one pair short, used_C is False at its last pick. That pick is left
+    out of the sums and stays a candidate.
+    """
+    sizes = np.array(chunk_sizes(n_select, n_chunks))
+    C = sizes.max()
+    used_KC = np.arange(C) < sizes[:, None]
+    everyone = {name: {k: gather(embeddings[k], axis) for k in ("image", "text")}
+                for name, embeddings in models.items()}
+    n_candidates = len(next(iter(everyone.values()))["image"])
+
+    def pick(k, state, taken_B):
+        logits_B = gather(score_gain * score_of(k, state), axis)
         if first == "uniform":
-            logits_N = jnp.where(k == 0, 0.0, logits_N)
-        return draw(jax.random.fold_in(key, k), gather(logits_N) / temperature, taken_B, C)
+            logits_B = jnp.where(k == 0, 0.0, logits_B)
+        return draw(jax.random.fold_in(key, k), logits_B, taken_B, C)
 
-    def chunk(state, k_and_real):
-        (sums, taken_B), (k, real_C) = state, k_and_real
-        pick_C = pick(k, sums, taken_B)
-        taken_B = taken_B.at[jnp.where(real_C, pick_C, len(taken_B))].set(True, mode="drop")
-        sums = {name: add_chunk(sums[name], side, {k: v[pick_C] for k, v in everyone[name].items()},
-                                real_C, loss, tile) for name, side in sides.items()}
-        return (sums, taken_B), pick_C
+    def turn(carry, inputs):
+        (state, taken_B), (k, used_C) = carry, inputs
+        pick_C = pick(k, state, taken_B)
+        chunk = jax.tree.map(lambda x_BE: x_BE[pick_C], everyone)
+        return (add_chunk(state, chunk, used_C), taken_B.at[pick_C].set(used_C)), pick_C
 
-    zero_N = sum_of_none(next(iter(sides.values()))["image"][:, 0], loss)
-    n_all = len(next(iter(everyone.values()))["image"])
-    state = {name: (zero_N, zero_N) for name in sides}, jnp.zeros(n_all, bool)
-    state, pick_KC = jax.lax.scan(chunk, state, (np.arange(n_chunks - 1), real_KC[:-1]))
-    last_C = pick(n_chunks - 1, *state)  # after the last chunk there is nothing to add up for
-    return jnp.concatenate([pick_KC, last_C[None]])[np.nonzero(real_KC)]
+    carry = state, jnp.zeros(n_candidates, bool)
+    carry, pick_KC = jax.lax.scan(turn, carry, (np.arange(n_chunks - 1), used_KC[:-1]))
+    last_C = pick(n_chunks - 1, *carry)  # nothing is drawn after the last chunk: no need to add it
+    return jnp.concatenate([pick_KC, last_C[None]])[np.nonzero(used_KC)]
 
 
-def own_loss(side, loss):
-    """l[i, i] [N]: a pair's loss by itself, -log sigmoid(t z.z + b), or -t z.z (softmax)."""
-    logits_N = jnp.exp(side["log_t"]) * jnp.einsum("ne,ne->n", side["image"], side["text"])
-    return jax.nn.softplus(-logits_N - side["b"]) if loss == "sigmoid" else -logits_N
+# ------------------------------------------------- joint selection, softmax loss (Algorithm 3)
 
 
-def sum_of_none(like_N, loss):
-    """The sum over nothing: 0, or -inf for a sum of exponentials that is kept as its logarithm."""
-    return jnp.full_like(like_N, 0.0 if loss == "sigmoid" else -jnp.inf, jnp.float32)
+def jointly_sample_softmax(key, learner, reference, n_select, n_chunks=16, *, kind="learnability",
+                           score_gain=100.0, first="self", axis=None, tile=2048):
+    """Algorithm 3: joint selection by the softmax loss. Arguments and result as `jointly_sample`.
 
+    Under one model candidate i, given T, has the loss
+        -t z_i.z_i + (log sum over j in T of exp(t image_i.text_j)
+                      + log sum over j in T of exp(t text_i.image_j)) / 2.
+    Its own pair is not in the sums. The first chunk is drawn by the first term alone. The score is
+    the learner's loss minus the reference's (in the first chunk of the paper's print both are the
+    learner's, a slip).
 
-def add_chunk(sums, side, chunk, real_C, loss, tile):
-    """The running sums ([N] over texts, [N] over images) after one more chunk was drawn.
-
-    sigmoid: sum over j of l[i, j], and of l[j, i]: every such pair is a negative, with loss
-    -log sigmoid(-(t z_i.z_j + b)). softmax: log of the sum over j of exp(t z_i.z_j).
+    The two logarithms are what is kept for each model and candidate. After a chunk is drawn they
+    take in its members: log(exp(old) + exp(new)).
     """
-    t, C, N = jnp.exp(side["log_t"]), len(real_C), len(side["image"])
-    n_tiles, n_groups = -(-N // tile), -(-C // 64)
+    models = models_of(kind, learner, reference)
+    self_N = self_score(kind, learner, reference, "softmax")
+    empty_sum_N = jnp.full_like(self_N, -jnp.inf)
 
-    def block(x_NE, y_CE):
-        logits_CN = t * jnp.einsum("ce,ne->cn", y_CE, x_NE)
-        if loss == "softmax":
-            return jax.nn.logsumexp(logits_CN, axis=0, where=real_C[:, None])
-        # -log sigmoid(-x) = max(x, 0) + log(1 + exp(-|x|)), and a sum of logarithms is the
-        # logarithm of a product: one log for 64 factors in (1, 2], which are 2^64 at most
-        logits_CN = jnp.where(real_C[:, None], logits_CN + side["b"], -jnp.inf)
-        factor_CN = jnp.pad(1 + jnp.exp(-abs(logits_CN)), ((0, -C % n_groups), (0, 0)),
-                            constant_values=1)
-        product_GN = einops.rearrange(factor_CN, "(g c) n -> g c n", g=n_groups).prod(1)
-        return jnp.maximum(logits_CN, 0).sum(0) + jnp.log(product_GN).sum(0)
+    def score_of(k, log_sums):
+        negative_N = sum(sign * (log_sums[name]["texts"] + log_sums[name]["images"]) / 2
+                         for name, sign in SCORES[kind].items())
+        return self_N + jnp.where(k == 0, 0.0, negative_N)  # at k = 0, inf - inf
 
-    def over(x_NE, y_CE):
-        x_NE = jnp.pad(x_NE, ((0, -N % n_tiles), (0, 0)))
-        tiles = einops.rearrange(x_NE, "(k n) e -> k n e", k=n_tiles)
-        return jax.lax.map(lambda x: block(x, y_CE), tiles).reshape(-1)[:N]
+    def add_chunk(log_sums, chunk, used_C):
+        new = {name: log_sums_over(models[name], chunk[name], used_C, tile) for name in models}
+        return jax.tree.map(jnp.logaddexp, log_sums, new)
 
-    new = over(side["image"], chunk["text"]), over(side["text"], chunk["image"])
-    return jax.tree.map(jnp.add if loss == "sigmoid" else jnp.logaddexp, sums, new)
+    return draw_in_chunks(
+        key, models, n_select, n_chunks,
+        {name: {"texts": empty_sum_N, "images": empty_sum_N} for name in models},
+        score_of, add_chunk, score_gain=score_gain, first=first, axis=axis)
 
 
-def conditional_loss(own_N, sums, loss):
-    """Loss [N] that candidate i adds to the sub-batch drawn so far, by the running sums.
-
-    sigmoid: l[i,i] + sum over j in T of l[i,j] + l[j,i], exactly what adding i adds.
-    softmax: -t z_i.z_i + (the two logarithms of the sums over T) / 2: i's own loss in T, i's own
-    term left out of the sums; nothing is summed before the first chunk.
-    """
-    if loss == "sigmoid":
-        return own_N + sums[0] + sums[1]
-    return own_N + jnp.where(jnp.isneginf(sums[0]), 0.0, 0.5 * (sums[0] + sums[1]))
+def log_sums_over(embeddings, chunk, used_C, tile):
+    """For each candidate i the logarithm of the sum over the chunk's members j of exp(logit), [N]:
+    'texts' by the logits of image i and text j, 'images' by those of text i and image j."""
+    t = jnp.exp(embeddings["log_t"])
+    return {"texts": log_sum_exp(embeddings["image"], chunk["text"], t, used_C, tile),
+            "images": log_sum_exp(embeddings["text"], chunk["image"], t, used_C, tile)}
 
 
-def losses_in_batch(side, loss, axis=None, tile=2048):
-    """Loss of each pair in its whole batch, [N]: row i of eq 2, or its part of eq 1 (both ways); in
-    blocks of [A, tile]."""
-    gather = rows_of_all(axis)
-    everyone = {k: gather(side[k]) for k in ("image", "text")}
-    zero_N = sum_of_none(side["image"][:, 0], loss)
-    sums = add_chunk((zero_N, zero_N), side, everyone, np.ones(len(everyone["image"]), bool),
-                     loss, tile)
-    own_N = jnp.exp(side["log_t"]) * jnp.einsum("ne,ne->n", side["image"], side["text"])
-    if loss == "softmax":
-        return 0.5 * (sums[0] + sums[1]) - own_N
-    return sums[0] - (own_N + side["b"])  # its own is positive: softplus(x) - x = softplus(-x)
+def log_sum_exp(x_NE, y_CE, t, used_C, tile):
+    """For each row x_i the logarithm of the sum over the used rows y_j of exp(t x_i.y_j), [N]."""
+    def of_row(x_E):
+        logits_C = t * jnp.einsum("ce,e->c", y_CE, x_E, precision="highest")
+        return jax.nn.logsumexp(logits_C, where=used_C)
+    return jax.lax.map(of_row, x_NE, batch_size=tile)
+
+
+SAMPLERS = {"sigmoid": jointly_sample, "softmax": jointly_sample_softmax}  # by the loss
 
 
 def independently_sample(key, learner, reference, n_select, *, kind="learnability", loss="sigmoid",
-                         score="self", temperature=1.0, axis=None):
-    """Indices [b], each example by its own score: S[i,i] ('self': `jointly_sample` with one chunk),
-    or the score of its loss among all negatives of the 'super_batch'."""
-    if score == "self":
-        return jointly_sample(key, learner, reference, n_select, 1, kind=kind, loss=loss,
-                              temperature=temperature, axis=axis)
-    gather = rows_of_all(axis)
-    sides = {"learner": learner, "reference": reference}
-    score_B = gather(sum(sign * losses_in_batch(sides[name], loss, axis)
-                         for name, sign in SCORES[kind].items()))
-    return draw(jax.random.fold_in(key, 0), score_B / temperature, jnp.zeros(len(score_B), bool),
-                n_select)
+                         score_gain=100.0, axis=None):
+    """Indices [n_select], each pair drawn by its own score S[i,i], which is the first chunk of the
+    joint samplers. Arguments as theirs."""
+    logits_B = gather(score_gain * self_score(kind, learner, reference, loss), axis)
+    return draw(jax.random.fold_in(key, 0), logits_B, jnp.zeros(len(logits_B), bool), n_select)
 
 
 # ----------------------------------------------------------- Flexi-JEST (FlexiViT, 2212.08013)
 
 
 def at_patch(params, model, patch):
-    """(params, model) that cut images into coarser or finer patches; differentiable, and always
-    from the stored kernel, so that both resolutions train the same weights."""
+    """(params, model) that cut images into coarser or finer patches.
+
+    The kernel is resized by the pseudo-inverse (`pi_resize`), the positions bilinearly and
+    antialiased (as in FlexiViT's code). Both are always made from the stored ones and the map is
+    differentiable, so that both resolutions train the same weights.
+    """
     old, P, D = model.image, model.image.patch, params["image"]["position"].shape[1]
     kernel = einops.rearrange(params["image"]["embed"]["w"], "(p q c) d -> p q c d", p=P, q=P)
     resize = pi_resize(P, patch)
     kernel = jnp.einsum("ap,bq,pqcd->abcd", resize, resize, kernel)
     side_old, side_new = old.image_size // P, old.image_size // patch
     position = params["image"]["position"].reshape(side_old, side_old, D)
-    position = jax.image.resize(position, (side_new, side_new, D), "linear", antialias=False)
+    position = jax.image.resize(position, (side_new, side_new, D), "bilinear", antialias=True)
     image = {**params["image"], "position": position.reshape(-1, D), "embed": {
         **params["image"]["embed"], "w": einops.rearrange(kernel, "p q c d -> (p q c) d")}}
     return {**params, "image": image}, cut_at(model, patch)
 
 
 def cut_at(model, patch):
+    """The model at another patch size."""
     return dataclasses.replace(model, image=dataclasses.replace(model.image, patch=patch))
 
 
 @functools.lru_cache
 def pi_resize(old, new):
-    """pinv(R^T) [new, old] of one axis, where R resizes a signal bilinearly from old to new.
+    """FlexiViT's PI-resize along one axis: pinv(R^T) [new, old], where R resizes a signal
+    bilinearly, without antialiasing, from old to new.
 
-    A patch x seen by kernel w gives <x, w>; the resized patch R x should give the same, and
-    w' = pinv(R^T) w does: exactly for new >= old, in the least-squares sense below. Resizing is
-    separable, and so is its pseudo-inverse: two axes are two products with this matrix.
+    A patch x and a kernel w give the token <x, w>. The resized patch R x and the kernel
+    w' = pinv(R^T) w give the same token, exactly if new >= old and in the least-squares sense
+    otherwise. Resizing an image treats its two axes alike and one after the other. So does the
+    pseudo-inverse, which is why this matrix is all that is needed.
     """
     place = (np.arange(new) + 0.5) * old / new - 0.5
     low = np.floor(place).astype(int)
@@ -432,28 +512,41 @@ def pi_resize(old, new):
 
 
 def embed_flexi(params, batch, model, low_patch):
-    """`embed`, with every second image cut into coarse patches. One batch, one loss: the two halves
-    are each other's negatives (our reading: all we have of the paper is half and half). Rows are
-    reordered, images and texts alike."""
+    """`embed`, with every second image cut into coarse patches.
+
+    The halves are the paper's: rows [::2] of the batch at full resolution and rows [1::2] at low
+    resolution, put one after the other, with one loss over all of them (Algorithm 2). The texts
+    are put into the same new order.
+    """
     order = np.r_[0:len(batch["image"]):2, 1:len(batch["image"]):2]
     high = embed_image(params, batch["image"][0::2], model)
     params_low, model_low = at_patch(params, model, low_patch)
     low = embed_image(params_low, batch["image"][1::2], model_low)
     text = unit(vit.text_apply(params["text"], batch["tokens"][order], model.text))
-    return {"image": jnp.concatenate([high, low]), "text": text, **affine(params)}
+    return {"image": jnp.concatenate([high, low]), "text": text, **logit_scale_and_bias(params)}
 
 
 # -------------------------------------------------------------------------------- one step
 
 
-def adam(peak, steps, *, warmup=0.05, weight_decay=1e-4, b2=0.95, clip_norm=1.0):
-    """Clip, AdamW, linear warm-up, cosine that is 0 at `steps`. The decay is times the learning
-    rate, as in optax, and of the leaves named 'w' only: linear maps."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, round(warmup * steps), steps, 0.0)
-    linear = lambda params: jax.tree_util.tree_map_with_path(
+def adam(peak, steps, *, warmup=0.01, weight_decay=1e-4, b2=0.95, clip_norm=1.0):
+    """The paper's optimiser (A.1): clipped gradients, Adam, linear warm-up, cosine to 0 at `steps`.
+
+    With h(step) in [0, 1] for the schedule, an update is
+        w -= h(step) * (peak * adam + weight_decay * w).
+    The decay is not multiplied by the learning rate: so it is in the code base that SigLIP came
+    from, for which the paper's 1e-4 was set. optax.adamw multiplies by it, and would need
+    weight_decay / peak to say the same. Only the weights of linear maps decay (leaves named 'w').
+    """
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, round(warmup * steps), steps, 0.0)
+    linear_maps = lambda params: jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "w", params)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(
-        schedule, b2=b2, weight_decay=weight_decay, mask=linear))
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(b2=b2),
+        optax.scale(peak),
+        optax.add_decayed_weights(weight_decay, mask=linear_maps),
+        optax.scale_by_learning_rate(schedule))  # times -h(step)
 
 
 def new_state(key, model, optimiser):
@@ -462,22 +555,22 @@ def new_state(key, model, optimiser):
 
 
 def update(state, batch, model, optimiser, low_patch=0):
-    """One step of {'params', 'opt'} on a sharded batch, and the loss before it. `low_patch`: cuts
-    every second image that coarsely."""
+    """One update of {'params', 'opt'} on a sharded batch; also returns the loss before it. With
+    `low_patch`, every second image is cut into patches of that size."""
     def loss_of(params):
-        side = (embed_flexi(params, batch, model, low_patch) if low_patch else
-                embed(params, batch, model))
-        return contrastive_loss(side, model.loss, AXIS)
+        embeddings = (embed_flexi(params, batch, model, low_patch) if low_patch else
+                      embed(params, batch, model))
+        return contrastive_loss(embeddings, model.loss, AXIS)
 
     loss, grads = devices.mean(jax.value_and_grad(loss_of)(state["params"]))
     updates, opt = optimiser.update(grads, state["opt"], state["params"])
     return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, loss
 
 
-def both_sides(state, batch_N, *, kind, model, reference_model, low_patch=0):
-    """(learner, reference): the sides that `kind` asks for, else None. The learner is cut coarsely
-    if there is a `low_patch`; the reference's embeddings are the cached ones if the batch has them.
-    """
+def embed_both(state, batch_N, *, kind, model, reference_model, low_patch=0):
+    """(learner, reference): the embeddings that the score `kind` needs; None for a model that it
+    does not use. With `low_patch` the learner sees coarse patches. The reference's embeddings are
+    taken from the batch if they are cached there."""
     learner = reference = None
     if "learner" in SCORES[kind]:
         params = state["learner"]["params"]
@@ -487,39 +580,44 @@ def both_sides(state, batch_N, *, kind, model, reference_model, low_patch=0):
     if "reference" in SCORES[kind]:
         if "reference_image" in batch_N:
             reference = {"image": batch_N["reference_image"], "text": batch_N["reference_text"],
-                         **affine(state["reference"])}
+                         **logit_scale_and_bias(state["reference"])}
         else:
             reference = embed(state["reference"], batch_N, reference_model)
     return jax.lax.stop_gradient((learner, reference))
 
 
-def jest_step(state, index, key, batch_N, *, method, kind, n_select, model, reference_model,
-              optimiser, n_chunks=16, first="self", independent_score="self", temperature=1.0,
-              low_patch=0, cotrain=True):
-    """(state, metrics) after step `index` (from 0), inside `pmap`.
+def train_step(state, index, key, batch_N, *, method, kind, n_select, model, reference_model,
+               optimiser, n_chunks=16, first="self", score_gain=100.0, low_patch=0, cotrain=True):
+    """One iteration of JEST or Flexi-JEST (Algorithm 2), or of a baseline, inside `pmap`.
 
     Args:
       state: {'learner': {'params', 'opt'}, 'reference': its params, or only its t and b where its
         embeddings are cached}.
-      batch_N: this device's share of the super-batch (of 'uniform': of the n_select pairs, all of
-        which it trains on): 'image' uint8 [N, H, W, channels], 'tokens' [N, T], bool truths that
-        are reported on only, 'reference_image', 'reference_text' [N, E] where they are cached.
-      method: of METHODS. kind: of SCORES. low_patch: flexi_jest's; 0 for the others.
+      index: of the step, from 0.
+      batch_N: this device's share of the super-batch (for 'uniform': of the n_select pairs, all of
+        which it trains on). 'image' uint8 [N, H, W, channels], 'tokens' [N, T]; 'reference_image'
+        and 'reference_text' [N, E] where they are cached; bool arrays [N] that say what was planted
+        and are only reported on.
+      method: one of METHODS. kind: one of SCORES. low_patch: flexi_jest's; 0 for the others.
+
+    Returns: (state, metrics).
     """
     key_select = jax.random.fold_in(key, index)
     truth_B = {k: devices.gather(v) for k, v in batch_N.items() if v.dtype == bool}
     batch_S = {k: batch_N[k] for k in ("image", "tokens")}
     pick_S, state = jnp.arange(n_select), dict(state)
     if method != "uniform":
-        sides = both_sides(state, batch_N, kind=kind, model=model, reference_model=reference_model,
-                           low_patch=low_patch)
-        common = dict(kind=kind, loss=model.loss, temperature=temperature, axis=AXIS)
+        models = embed_both(state, batch_N, kind=kind, model=model,
+                            reference_model=reference_model, low_patch=low_patch)
+        knobs = dict(kind=kind, score_gain=score_gain, axis=AXIS)
         if method == "independent":
-            pick_S = independently_sample(key_select, *sides, n_select, score=independent_score,
-                                          **common)
+            pick_S = independently_sample(key_select, *models, n_select, loss=model.loss, **knobs)
         else:
-            pick_S = jointly_sample(key_select, *sides, n_select, n_chunks, first=first, **common)
-        pick_S = jnp.sort(pick_S)  # in the super-batch's random order, not in that of the draw
+            pick_S = SAMPLERS[model.loss](key_select, *models, n_select, n_chunks, first=first,
+                                          **knobs)
+        # Back into the super-batch's order, which is random. In the order of the draw flexi_jest's
+        # halves, every second pick, would not be a random half.
+        pick_S = jnp.sort(pick_S)
         batch_S = {k: devices.take(v, pick_S) for k, v in batch_S.items()}
     state["learner"], loss = update(state["learner"], batch_S, model, optimiser,
                                     low_patch if cotrain else 0)
@@ -530,15 +628,22 @@ def jest_step(state, index, key, batch_N, *, method, kind, n_select, model, refe
 
 
 def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chunks=16, embed=64,
-               cotrain=True, reuse=False, independent_score="self"):
-    """FLOPs of one step by role (a training step is three forwards).
+               cotrain=True, reuse=False):
+    """FLOPs of one step by role. A forward of one pair is F, a training step of one pair is 3 F.
 
-    Over uniform's 3 b F, with r = B / b and A = F_low / F: jest 1 + r/3 (267 % at f = 0.8),
-    flexi_jest (1 + A)/2 + r A/3 (110 % at the paper's A = 0.28; ours is computed). `reuse`: as if
-    the forward that scored the picked pairs were the one that trains them, 1 + (r - 1)/3 (233 %):
-    Table 1 counts so, the paper's compute figure and this code do not, two resolutions cannot.
-    F, F_low: `forward_flops` of the learner at its full and at the coarse patch; F_reference: of
-    the reference, 0 where it is cached.
+    The paper's bill (A.4) is relative to a uniform step, 3 b F. With r = B / b = 5 (f = 0.8):
+      jest, the forward of the picked pairs reused (A.4's total)    1 + (r - 1) / 3        233 %
+      jest, that forward run again (Algorithm 2, figures 1 and 4)   1 + r / 3              267 %
+      either one without cached reference embeddings                r / 3 more       400, 433 %
+      flexi_jest with A = F_low / F = 0.25                          (1 + A) / 2 + r A / 3  104 %
+      flexi_jest with A = 0.28, the paper's                         111 %, which it prints as 110
+    This code runs the forward again. `reuse` bills as if it did not; flexi_jest cannot reuse it,
+    since half of the picked pairs are trained at another resolution. A is computed from the two
+    models, never quoted: 0.28 holds for 16 text tokens, with 64 it is 0.39.
+
+    Args:
+      F, F_low: `forward_flops` of the learner at its full and at its coarse patch.
+      F_reference: of the reference; 0 where its embeddings are cached.
     """
     b, flexi = batch_size, method == "flexi_jest"
     scores = method != "uniform"
@@ -547,20 +652,21 @@ def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chun
         "learner": 3 * b * (F + F_low) / 2 if flexi and cotrain else 3 * b * F,
         "actor_scoring": (B - reused) * (F_low if flexi else F)
                          if scores and "learner" in SCORES[kind] else 0,
-        "selection": sampler_flops(kind, b, B, n_chunks if "jest" in method else 1, embed,
-                                   independent_score if method == "independent" else "self")
+        "selection": sampler_flops(kind, b, B, n_chunks if "jest" in method else 1, embed)
                      if scores else 0,
         "reference_scoring": B * F_reference if scores and "reference" in SCORES[kind] else 0,
     }
 
 
-def sampler_flops(kind, b, B, n_chunks, embed, score="self"):
-    """FLOPs of `jointly_sample`: per model, two [B, C] blocks a chunk but the last, each element
-    2 E for the product and 5 for scale, shift, exp and its share of logarithms and sums; the
-    diagonal; and per chunk noise, mask and log2(B) comparisons a candidate. score
-    'super_batch', of `independently_sample`: two [B, B] blocks."""
-    added = B if score == "super_batch" else b - chunk_sizes(b, n_chunks)[-1]
-    per_model = 2 * B * added * (2 * embed + 5) + B * (2 * embed + 5)
+def sampler_flops(kind, b, B, n_chunks, embed):
+    """FLOPs of `jointly_sample`.
+
+    For each model: the B self-scores, and two [B, C] blocks a chunk, except the last. An element
+    costs 2 E for its product and 5 for scale, shift, softplus and sum. Each chunk costs every
+    candidate noise, a mask and about log2(B) comparisons.
+    """
+    added = b - chunk_sizes(b, n_chunks)[-1]
+    per_model = (2 * B * added + B) * (2 * embed + 5)
     return len(SCORES[kind]) * per_model + n_chunks * B * (3 + max(B, 2).bit_length())
 
 
@@ -588,9 +694,9 @@ def make_forwards(model):
     """Programs (params, sharded batch) -> embeddings and what came along, gathered; and (params,
     sharded tokens) -> text embeddings."""
     def both(params, batch):
-        side = embed(params, batch, model)
+        embeddings = embed(params, batch, model)
         return {**{k: devices.gather(v) for k, v in batch.items() if k != "image"},
-                "image": devices.gather(side["image"]), "text": devices.gather(side["text"])}
+                **{k: devices.gather(embeddings[k]) for k in ("image", "text")}}
 
     def text(params, tokens):
         return devices.gather(unit(vit.text_apply(params["text"], tokens, model.text)))
@@ -598,41 +704,43 @@ def make_forwards(model):
 
 
 def diagnose(state, key, batch_N, *, kind, n_select, model, reference_model, n_chunks, first,
-             temperature, low_patch, independent_score):
-    """What selection does to one super-batch, inside `pmap`: mean score S of a uniform, an
-    independent and a joint sub-batch, per row; with `low_patch`, how well coarse scores stand in
-    for full ones; the self-scores [B] and the joint picks [b]."""
-    def sides_at(patch):
-        return both_sides(state, batch_N, kind=kind, model=model, reference_model=reference_model,
+             score_gain, low_patch):
+    """What selection does to one super-batch, inside `pmap`.
+
+    Returns: metrics, the self-scores [B] and the joint picks [n_select]. Metrics are the score of a
+    uniform, an independent and a joint sub-batch (the learner's loss of it minus the reference's),
+    and with `low_patch` how well coarse scores stand in for full ones.
+    """
+    def models_at(patch):
+        return embed_both(state, batch_N, kind=kind, model=model, reference_model=reference_model,
                           low_patch=patch)
 
-    def joint(sides):
-        return jointly_sample(key, *sides, n_select, n_chunks, first=first, **common)
+    def joint(models):
+        return SAMPLERS[model.loss](key, *models, n_select, n_chunks, first=first, **knobs)
 
-    def own_B(sides):
-        named = dict(zip(("learner", "reference"), sides))
-        return devices.gather(sum(sign * own_loss(named[name], model.loss)
-                                  for name, sign in SCORES[kind].items()))
+    def self_score_B(models):
+        return devices.gather(self_score(kind, *models, model.loss))
 
     def value(pick_S):
         total = 0.0
-        for sign, side in zip((1, -1), full):
-            if side is not None:
-                rows = {k: devices.gather(side[k])[pick_S] for k in ("image", "text")}
-                total += sign * losses_in_batch({**side, **rows}, model.loss).mean()
+        for name, embeddings in zip(("learner", "reference"), full):
+            if name in SCORES[kind]:
+                rows = {k: devices.take(embeddings[k], pick_S) for k in ("image", "text")}
+                total += SCORES[kind][name] * devices.mean(
+                    contrastive_loss({**embeddings, **rows}, model.loss, AXIS))
         return total
 
-    common = dict(kind=kind, loss=model.loss, temperature=temperature, axis=AXIS)
-    full = sides_at(0)
-    used = sides_at(low_patch) if low_patch else full
+    knobs = dict(kind=kind, score_gain=score_gain, axis=AXIS)
+    full = models_at(0)
+    used = models_at(low_patch) if low_patch else full
     pick_S = joint(used)
-    alone_S = independently_sample(key, *used, n_select, score=independent_score, **common)
+    alone_S = independently_sample(key, *used, n_select, loss=model.loss, **knobs)
     metrics = {"score_uniform": value(jnp.arange(n_select)), "score_independent": value(alone_S),
                "score_joint": value(pick_S)}
     if low_patch:
-        metrics["rank_correlation"] = spearman(own_B(used), own_B(full))
+        metrics["rank_correlation"] = spearman(self_score_B(used), self_score_B(full))
         metrics["pick_overlap"] = jnp.isin(pick_S, joint(full)).mean()
-    return metrics, own_B(used), pick_S
+    return metrics, self_score_B(used), pick_S
 
 
 def spearman(x_B, y_B):
@@ -674,7 +782,7 @@ def check(config, typed=()):
     want(0 <= config.filter_ratio < 1, "filter_ratio", "a fraction in [0, 1)")
     want(config.n_chunks <= config.batch_size, "n_chunks",
          f"at most one chunk per example of the sub-batch, {config.batch_size}")
-    want(config.temperature > 0, "temperature", "more than 0")
+    want(config.score_gain > 0, "score_gain", "more than 0")
     want(0 < config.curated_fraction < 1, "curated_fraction", "a fraction between 0 and 1")
     want(config.reference_noise == -1 or 0 <= config.reference_noise <= 1, "reference_noise",
          "a fraction from 0 to 1, or -1 for the pool's")
@@ -714,7 +822,7 @@ def build_model(config, size, source, vocab):
 
 
 def make_arm(arm, config, model, reference_model):
-    """'steps', 'optimiser', 'step' (`jest_step`) and 'look' (`diagnose`) of an arm, or of the
+    """'steps', 'optimiser', 'step' (`train_step`) and 'look' (`diagnose`) of an arm, or of the
     'reference', whose training is a uniform run."""
     method, kind = ("uniform", "learnability") if arm == "reference" else split_arm(arm)
     if arm == "reference":
@@ -729,9 +837,9 @@ def make_arm(arm, config, model, reference_model):
                      b2=config.beta2, clip_norm=config.clip_norm)
     knobs = dict(kind=kind, model=model, reference_model=reference_model,
                  n_select=config.batch_size, n_chunks=config.n_chunks, first=config.first_chunk,
-                 temperature=config.temperature, independent_score=config.independent_score,
+                 score_gain=config.score_gain,
                  low_patch=config.low_patch if method == "flexi_jest" else 0)
-    step = functools.partial(jest_step, method=method, optimiser=optimiser, cotrain=config.cotrain,
+    step = functools.partial(train_step, method=method, optimiser=optimiser, cotrain=config.cotrain,
                              **knobs)
     return run.Namespace(
         steps=steps, optimiser=optimiser,
@@ -747,8 +855,7 @@ def arm_cost(arm, reuse=False, *, config, model, reference_model):
         method, kind, config.batch_size, super_batch_size(config), forward_flops(model),
         F_low=forward_flops(cut_at(model, config.low_patch)) if method == "flexi_jest" else 0,
         F_reference=forward_flops(reference_model) if computed else 0, n_chunks=config.n_chunks,
-        embed=config.embed, cotrain=config.cotrain, reuse=reuse,
-        independent_score=config.independent_score)
+        embed=config.embed, cotrain=config.cotrain, reuse=reuse)
 
 
 def embed_pool(params, pool, forward, batch_size, path):
@@ -869,7 +976,7 @@ def main():
                 reference = reference or frozen_reference(seed, curated, rest, key_reference,
                                                           key_steps)
                 params, given, one_off, seconds = reference
-                state["reference"] = affine(params) if given else params
+                state["reference"] = logit_scale_and_bias(params) if given else params
             if method != "uniform":
                 pool, n = rest, B  # the curated part is the reference's; uniform has the whole pool
                 batch = next(load(pool, seed, made[arm].steps, made[arm].steps + 1, B, given))
