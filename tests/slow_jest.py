@@ -180,28 +180,28 @@ def softmax_conditional(i, T, learner, reference, kind):
 # ---------------------------------------------------------------- Flexi-JEST
 
 
-def _source(o, old, new):
-    """Output pixel o of a resize from old to new: (left pixel, right pixel, weight of right).
+def resize_weights(old, new, antialias):
+    """Weight [new, old] of each old pixel in each new one, along one axis.
 
-    Half-pixel centres: o sits at (o + 1/2) old / new - 1/2, moved to the nearest centre outside.
+    Half-pixel centres: output pixel o sits at (o + 1/2) old / new - 1/2. The weight of a pixel
+    falls off linearly with its distance from there. It is 0 at a distance of 1 or, with antialias
+    and pixels that grow, at a distance of old / new. The weights are scaled to add up to 1.
     """
-    x = min(max((o + 0.5) * old / new - 0.5, 0.0), old - 1.0)
-    left = math.floor(x)
-    return left, min(left + 1, old - 1), x - left
+    reach = max(old / new, 1.0) if antialias else 1.0
+    weights = np.zeros((new, old), np.float64)
+    for o in range(new):
+        centre = (o + 0.5) * old / new - 0.5
+        for i in range(old):
+            weights[o, i] = max(0.0, 1.0 - abs(i - centre) / reach)
+        weights[o] /= weights[o].sum()
+    return weights
 
 
-def resize_image(x, new):
-    """Bilinear resize without antialias, [H, W] -> [new, new]: four neighbours per output pixel."""
+def resize_image(x, new, antialias=False):
+    """Bilinear resize [H, W] -> [new, new], rows and columns one after the other."""
     x = np.asarray(x, np.float64)
     h, w = x.shape
-    out = np.zeros((new, new), np.float64)
-    for p in range(new):
-        top, bottom, v = _source(p, h, new)
-        for q in range(new):
-            left, right, u = _source(q, w, new)
-            out[p, q] += (1 - v) * (1 - u) * x[top, left] + (1 - v) * u * x[top, right]
-            out[p, q] += v * (1 - u) * x[bottom, left] + v * u * x[bottom, right]
-    return out
+    return resize_weights(h, new, antialias) @ x @ resize_weights(w, new, antialias).T
 
 
 def pi_resize_kernel(w, new):
@@ -356,6 +356,12 @@ def _check_resize(rng):
     assert np.allclose(resize_image([[0.0, 1.0]], 4), [[0, 0.25, 0.75, 1]] * 4)
     assert np.allclose(resize_image([[0.0, 1.0, 5.0, 9.0]], 2), [[0.5, 7]] * 2)  # no antialias
     assert np.allclose(resize_image([[0.0], [1.0], [5.0]], 1), 1)
+    # With antialias a pixel twice as large sees four: 1/8, 3/8, 3/8, 1/8. At the edge it sees
+    # three: 3/7, 3/7, 1/7.
+    row = np.array([[0.0, 1.0, 5.0, 9.0, 2.0, 4.0]])
+    inner = (1 + 3 * 5 + 3 * 9 + 2) / 8
+    edges = (3 * 0 + 3 * 1 + 5) / 7, (3 * 4 + 3 * 2 + 9) / 7
+    assert np.allclose(resize_image(row, 3, antialias=True), [[edges[0], inner, edges[1]]] * 3)
     for old, new in ((2, 3), (3, 4), (3, 6), (4, 8), (5, 7)):
         w, patch = rng.normal(size=(2, old, old))
         assert np.allclose(resize_image(w, old), w) and np.allclose(pi_resize_kernel(w, old), w)

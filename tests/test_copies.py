@@ -29,8 +29,10 @@ COPIES = {  # what is copied -> a use of it, whose value does not depend on wher
     ("rho_learnability", "actor_loss"): "actor_loss((a, b), {})",
     ("jest", "jointly_sample"): "jointly_sample(key, side(a, b, -3), side(c, d, -2), 8, 4)",
     ("jest", "jointly_sample_dense"): "jointly_sample_dense(key, a @ b.T, 8, 4)",
+    ("jest", "jointly_sample_softmax"):
+        "jointly_sample_softmax(key, side(a, b, -3), side(c, d, -2), 8, 4)",
     ("jest", "independently_sample"):
-        "independently_sample(key, side(a, b, -3), side(c, d, -2), 8, score='super_batch')",
+        "independently_sample(key, side(a, b, -3), side(c, d, -2), 8)",
     ("jest", "contrastive_loss"): "contrastive_loss(side(a, b, -3), 'sigmoid')",
     ("dnc", "kmeans"): "kmeans(key, a, 3, restarts=2, tile=7)[0]",
     ("dnc", "moclr_loss"): "moclr_loss(a, b, c, d, 0.1)[0]",

@@ -168,7 +168,7 @@ def test_other_scores_softmax_and_another_reference_set(command, prepared, tmp_p
     flags = [f for f in TINY if "toy" not in f and "patch" not in f]
     command.good(*flags, "--patch=8", f"--dataset={prepared['captioned']}", "--loss=softmax",
                  f"--reference_dataset={prepared['captioned']}", "--caption_noise=0.5",
-                 "--independent_score=super_batch", "--first_chunk=uniform",
+                 "--score_gain=10", "--first_chunk=uniform",
                  f"--arms={','.join(arms)}", f"--workdir={workdir}")
     last = {r["arm"]: r for r in rows(workdir)}
     assert set(last) == {"reference", *arms}
@@ -183,6 +183,7 @@ REFUSED = {
     "f of 1": (["--filter_ratio=1"], "--filter_ratio=1", r"\[0, 1\)"),
     "f below 0": (["--filter_ratio=-0.1"], "--filter_ratio", r"\[0, 1\)"),
     "part of an example": (["--filter_ratio=0.7"], "--filter_ratio=0.7", "whole"),
+    "gain of 0": (["--score_gain=0"], "--score_gain=0", "more than 0"),
     "chunks above the quota": (["--n_chunks=9"], "--n_chunks=9", "8"),
     "patch": (["--patch=12"], "--patch=12", "32"),
     "low patch": (["--low_patch=12"], "--low_patch=12", "32"),
