@@ -86,9 +86,13 @@ class Split:
     def records(self, ids):
         """The records as bytes."""
         try:
-            return self.raw.__getitems__([int(i) for i in ids])  # TFDS wants Python ints
+            records = self.raw.__getitems__([int(i) for i in ids])  # TFDS wants Python ints
         except Exception:  # one of them is broken: read them one by one to name it
-            return [self.named(i, "record", self.raw.__getitem__, int(i)) for i in ids]
+            records = [self.named(i, "record", self.raw.__getitem__, int(i)) for i in ids]
+        for i, record in zip(ids, records):
+            if not record:  # of a file that was cut short
+                raise ValueError(f"{self.place}: record of example {i}: it is empty")
+        return records
 
     def parse(self, ids, records, *fields):
         """For each record, {field: what is stored in it} for those of the fields that it has."""
@@ -270,7 +274,10 @@ def pixels(stored, float_png=False):
     """
     if not isinstance(stored, bytes):
         return np.asarray(stored)
-    image = PIL.Image.open(io.BytesIO(stored))  # of an animation, the first frame
+    try:
+        image = PIL.Image.open(io.BytesIO(stored))  # of an animation, the first frame
+    except PIL.UnidentifiedImageError:
+        raise ValueError(f"its {len(stored)} bytes are no image file that PIL knows") from None
     if float_png:
         return np.asarray(image.convert("RGBA")).view("<f4")
     if not image.mode.startswith(("I", "F")):
@@ -297,6 +304,8 @@ def picture(values, channels):
     if values.has_transparency_data:
         white = PIL.Image.new("RGBA", values.size, "white")
         values = PIL.Image.alpha_composite(white, values.convert("RGBA"))
+    if values.mode not in ("1", "L"):
+        values = values.convert("RGB")
     return values.convert("L" if channels == 1 else "RGB")
 
 
@@ -324,15 +333,19 @@ def eight_bits(array):
 def fit(image, side):
     """A PIL image -> its centre square, resized to `side` pixels. Unchanged if it fits, or side 0.
 
-    This equals resizing the shorter side to `side` and then cutting out the centre. But it computes
-    no more than the centre, so that a picture of 1 x 20,000 pixels needs no gigabytes.
+    This equals resizing the shorter side to `side` and then cutting out the centre: the pixels are
+    the same, but for rounding by 1 of 255 in one of 500. But only the centre is computed, so that
+    a picture of 1 x 20,000 pixels needs no gigabytes.
     """
     if not side or image.size == (side, side):
         return image
-    scale, box = side / min(image.size), []
+    (width, height), scale, box = image.size, side / min(image.size), []
     for length in image.size:
         resized = max(side, round(length * scale))
         first = (resized - side) // 2
         box.append((first * length / resized, (first + side) * length / resized))
     (left, right), (top, bottom) = box
-    return image.resize((side, side), PIL.Image.BICUBIC, box=(left, top, right, bottom))
+    # PIL chooses the order of the two directions by size. Bicubic values are clipped after each, so
+    # the order shows in the pixels: across, then down, is the one for a picture resized whole.
+    image = image.resize((side, height), PIL.Image.BICUBIC, box=(left, 0, right, height))
+    return image.resize((side, side), PIL.Image.BICUBIC, box=(0, top, side, bottom))
