@@ -151,7 +151,8 @@ def open_source(dataset, split, *, data_dir=None, image_size=0, context=0, encod
     """A Source for `toy`, a TFDS name, or the path of a prepared TFDS directory.
 
     Args:
-      image_size: side in pixels, see `prepared.fit`. 0 takes the set's own size, which must be one square.
+      image_size: side in pixels, see `prepared.fit`. 0 takes the set's own size, which must be one
+        square.
       context: tokens for each caption; 0 leaves captions out. encode: see `tokenizer`.
       need: the fields that the caller cannot do without, of 'label' and 'caption'. A label that is
         not needed is left out if it is not a class, or if some examples have none (-1).

@@ -83,13 +83,15 @@ def test_a_batch_larger_than_the_pool_is_refused_at_once_unless_it_may_wrap(n, b
 
 def test_every_epoch_and_seed_has_its_own_order():
     ids = np.arange(50)
-    orders = {tuple(data.batch_ids(ids, seed, epoch, 50)) for seed in range(4) for epoch in range(4)}
+    orders = {tuple(data.batch_ids(ids, seed, epoch, 50))
+              for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16 and tuple(ids) not in orders
 
 
 def test_a_batch_is_a_function_of_seed_and_step_alone():
     ids = np.arange(37)
-    want = {(seed, step): data.batch_ids(ids, seed, step, 8) for seed in (0, 1) for step in range(30)}
+    want = {(seed, step): data.batch_ids(ids, seed, step, 8)
+            for seed in (0, 1) for step in range(30)}
     rng = np.random.default_rng(0)
     for k in rng.permutation(len(want)):
         seed, step = list(want)[k]
@@ -155,7 +157,8 @@ def test_prefetch_keeps_the_order():
 
 def test_prefetch_works_in_several_threads():
     together = threading.Barrier(2, timeout=5)  # breaks, and raises, unless two are there at once
-    assert list(data.prefetch(lambda i: together.wait() * 0 + i, range(4), threads=2)) == [0, 1, 2, 3]
+    meet = lambda i: together.wait() * 0 + i
+    assert list(data.prefetch(meet, range(4), threads=2)) == [0, 1, 2, 3]
 
 
 def test_prefetch_hands_on_exceptions_in_their_place():
@@ -218,7 +221,7 @@ def test_tokens_are_bytes_with_an_end_mark():
 @pytest.mark.parametrize("name", ["words", "bytes"])
 def test_no_id_of_a_tokenizer_leaves_its_vocabulary_or_is_a_mark(name):
     encode, size = data.tokenizer(name)
-    for caption in ("A dog!", "zwölf Bäume", "\U0010ffff ÿ\x00 \u4e2d\u6587", "x" * 300, "1 2 3 22"):
+    for caption in ("A dog!", "zwölf Bäume", "\U0010ffff ÿ\x00 \u4e2d\u6587", "x" * 300, "1 2 22"):
         ids = encode(caption)
         assert ids.dtype == np.int32 and ids.min() >= 3 and ids.max() < size
     assert encode("").shape == (0,) and encode("").dtype == np.int32
@@ -235,8 +238,8 @@ def test_words_are_told_apart_whatever_their_case_and_punctuation():
     assert len({int(encode(w)[0]) for w in words}) == len(words) > 30  # as the docstring says
 
 
-@pytest.mark.parametrize("name, word", [("nowhere.model", "neither"), ("~/nowhere.model", "neither"),
-                                        (__file__, "sentencepiece")])
+@pytest.mark.parametrize("name, word", [
+    ("nowhere.model", "neither"), ("~/nowhere.model", "neither"), (__file__, "sentencepiece")])
 def test_a_tokenizer_that_is_none_is_refused(name, word):
     with pytest.raises(ValueError, match=rf"\A--tokenizer={re.escape(name)}.*{word}.*\Z"):
         data.tokenizer(name)
@@ -266,7 +269,8 @@ def test_captions_are_told_apart_before_the_cut():
     (["a", "", "", "long as can be"], "bytes", dict(cut=.25, empty=.5, equal=.5, equal_tokens=0)),
     (["the same dog", "the same cat", "the one", "one"], "bytes",
      dict(cut=.75, empty=0, equal=0, equal_tokens=.75)),
-    (["a dog", "A dog.", "a dog", "!?"], "words", dict(cut=0, empty=.25, equal=.5, equal_tokens=.25)),
+    (["a dog", "A dog.", "a dog", "!?"], "words",
+     dict(cut=0, empty=.25, equal=.5, equal_tokens=.25)),
     (["one two three four five", "x"], "words", dict(cut=.5, empty=0, equal=0, equal_tokens=0))])
 def test_captions_that_cannot_be_told_apart_are_counted(captions, encode, want, caplog):
     encode = data.tokenizer(encode)[0]
@@ -575,9 +579,11 @@ def test_a_prepared_set_is_opened_by_its_path(labelled):
     np.testing.assert_array_equal(got["label"], number % 3)
     assert source.class_names == ("a", "b", "c")
     assert [source.describe(i) for i in source.ids] == ["abc"[i % 3] for i in number]
-    test = data.open_source(labelled, "test", image_size=4, context=9)  # it has no caption: no tokens
+    # it has no caption: no tokens
+    test = data.open_source(labelled, "test", image_size=4, context=9)
     assert test.image_shape == (4, 4, 3) and set(test.read(test.ids)) == {"image", "label"}
-    np.testing.assert_array_equal(np.sort(test.read(test.ids)["image"][:, 3, 3, 0]), np.arange(20, 24))
+    number = test.read(test.ids)["image"][:, 3, 3, 0]
+    np.testing.assert_array_equal(np.sort(number), np.arange(20, 24))
 
 
 def test_a_sub_split_keeps_the_ids_of_the_whole(labelled):
@@ -663,7 +669,7 @@ def test_captions_in_a_container(prepare, kind):
     rows = [{"image": png(np.zeros((8, 8, 3), np.uint8)), "captions": value}]
     path = prepare(lambda f: {
         "image": f.Image(shape=(8, 8, 3)), "captions": f.Sequence(
-            f.Text() if kind == "none" else {"id": f.Scalar(np.int64), "text": f.Text()})}, rows, rows)
+            f.Text() if kind == "none" else {"id": f.Scalar(np.int64), "text": f.Text()})}, rows)
     source = data.open_source(path, "train", context=9)
     assert source.describe(0) == ("" if kind == "none" else "a dog")
 
@@ -691,6 +697,11 @@ def image_file(image, kind="png", **options):
 def pil(array, mode=None):
     image = PIL.Image.fromarray(array)
     return image.convert(mode) if mode else image
+
+
+def deep(array):
+    """16 bits, of which the high byte is the array and the low byte says nothing."""
+    return array * np.uint16(256) + np.uint8(255 - array)
 
 
 def deep_png(array):
@@ -723,18 +734,18 @@ FILES = {
     "RGB bmp": (lambda: image_file(pil(RGB), "bmp"), RGB, 0),
     "RGB webp": (lambda: image_file(pil(RGB), "webp", lossless=True), RGB, 0),
     "RGB jpeg": (lambda: image_file(pil(RGB), "jpeg", quality=100, subsampling=0), RGB, 4),
-    "RGB of 16 bits": (lambda: deep_png(RGB * np.uint16(257)), RGB, 0),
+    "RGB of 16 bits": (lambda: deep_png(deep(RGB)), RGB, 0),
     "RGB with a colour that is transparent": (
-        lambda: image_file(pil(RGB), transparency=tuple(int(c) for c in RGB[0, 0])), SEE_THROUGH, 0),
+        lambda: image_file(pil(RGB), transparency=tuple(RGB[0, 0].tolist())), SEE_THROUGH, 0),
     "L": (lambda: image_file(pil(L)), L, 0),
-    "L of 16 bits": (lambda: image_file(pil(L * np.uint16(257))), L, 0),
-    "L of 16 bits, by hand": (lambda: deep_png((L * np.uint16(257))[..., None]), L, 0),
-    "L of 16 bits, tiff": (lambda: image_file(pil(L * np.uint16(257)), "tiff"), L, 0),
+    "L of 16 bits": (lambda: image_file(pildeep(L)), L, 0),
+    "L of 16 bits, by hand": (lambda: deep_png(deep(L)[..., None]), L, 0),
+    "L of 16 bits, tiff": (lambda: image_file(pildeep(L), "tiff"), L, 0),
     "L of 16 bits, big-endian tiff": (
-        lambda: image_file(pil((L * np.uint16(257)).astype(">u2")), "tiff"), L, 0),
+        lambda: image_file(pil(deep(L).astype(">u2")), "tiff"), L, 0),
     "L of 16 bits, ppm, which PIL opens as I": (
-        lambda: image_file(pil(L * np.uint16(257)), "ppm"), L, 0),
-    "I": (lambda: image_file(pil(L.astype(np.int32) * 257), "tiff"), L, 0),
+        lambda: image_file(pildeep(L), "ppm"), L, 0),
+    "I": (lambda: image_file(pil(deep(L).astype(np.int32)), "tiff"), L, 0),
     "F": (lambda: image_file(pil((L / 255).astype(np.float32)), "tiff"), L, 0),
     "1": (lambda: image_file(pil(L > 80)), (L > 80) * 255, 0),
     "P": (palette, RGB, 0),
@@ -744,9 +755,9 @@ FILES = {
     "P with alphas": (lambda: palette(bytes(range(255, 255 - 8, -1))), RGB, 8),
     "RGBA, opaque": (lambda: image_file(pil(with_alpha(RGB, 0 * ALPHA + 255))), RGB, 0),
     "RGBA": (lambda: image_file(pil(with_alpha(RGB))), over_white(RGB), 1),
-    "RGBA of 16 bits": (lambda: deep_png(with_alpha(RGB) * np.uint16(257)), over_white(RGB), 1),
+    "RGBA of 16 bits": (lambda: deep_png(deep(with_alpha(RGB))), over_white(RGB), 1),
     "LA": (lambda: image_file(pil(with_alpha(L))), over_white(L), 1),
-    "LA of 16 bits": (lambda: deep_png(with_alpha(L) * np.uint16(257)), over_white(L), 1),
+    "LA of 16 bits": (lambda: deep_png(deep(with_alpha(L))), over_white(L), 1),
     "PA": (lambda: image_file(pil(with_alpha(RGB), "PA"), "tiff"), None, 0),
     "CMYK": (lambda: image_file(pil(RGB, "CMYK"), "tiff"), RGB, 1),
     "CMYK jpeg": (lambda: image_file(pil(RGB, "CMYK"), "jpeg", quality=100), RGB, 4),
@@ -769,8 +780,8 @@ def test_image_files_of_every_kind_are_read_alike(prepare, monkeypatch, name, ch
     make, want, atol = FILES[name]
     if want is None:  # PA: whatever its palette became, as PIL shows it
         shown = PIL.Image.open(make()).convert("RGBA")
-        want = np.asarray(PIL.Image.alpha_composite(PIL.Image.new("RGBA", (12, 12), "white"), shown))
-        want = want[..., :3]
+        white = PIL.Image.new("RGBA", (12, 12), "white")
+        want = np.asarray(PIL.Image.alpha_composite(white, shown))[..., :3]
     rows = [{"image": make()}, {"image": image_file(pil(RGB))}]
     path = prepare(lambda f: {"image": f.Image(shape=(None, None, channels))}, rows)
     got = data.open_source(path, "train", image_size=12)
@@ -788,8 +799,10 @@ TENSORS = {
     "uint8 [H, W]": (L, L), "uint8 [H, W, 1]": (L[..., None], L), "uint8 [H, W, 3]": (RGB, RGB),
     "uint8 [H, W, 2]": (with_alpha(L), over_white(L)),
     "uint8 [H, W, 4]": (with_alpha(RGB), over_white(RGB)),
-    "uint16": (RGB * np.uint16(257), RGB), "uint16 [H, W]": (L * np.uint16(257), L),
+    "uint16": (deep(RGB), RGB), "uint16 [H, W]": (deep(L), L),
     "float32": ((RGB / 255).astype(np.float32), RGB), "float64": (RGB / 255, RGB),
+    "float32, rounded up": ((np.maximum(RGB - 0.4, 0) / 255).astype(np.float32), RGB),
+    "float32, rounded down": (((RGB + 0.4) / 255).astype(np.float32), RGB),
     "float32 [H, W]": ((L / 255).astype(np.float32), L), "int32": (RGB.astype(np.int32), RGB),
     "int64 [H, W]": (L.astype(np.int64), L), "int8": ((RGB // 2).astype(np.int8), RGB // 2),
     "uint32": (RGB.astype(np.uint32), RGB),
@@ -842,6 +855,8 @@ REFUSED = {
     "rank 1": (*tensor(RGB.ravel()), "height"), "rank 4": (*tensor(RGB[None]), "height"),
     "channels first": (*tensor(np.moveaxis(RGB, 2, 0)), "height"),
     "five channels": (*tensor(np.zeros((12, 12, 5), np.uint8)), "height"),
+    "five channels, unsaid": (*tensor(np.zeros((12, 12, 5), np.uint8), (None,) * 3,
+                                      encoding="zlib"), "height"),
     "several pictures": ((lambda f: f.Sequence(f.Image(shape=(12, 12, 3)))),
                          [image_file(pil(RGB))], "height"),
     "a video's feature": ((lambda f: f.Image(shape=(None, 12, 12, 3))), image_file(pil(RGB)),
@@ -1015,8 +1030,8 @@ def test_a_caption_that_is_no_text_is_none(prepare, feature, value):
 
 
 def numbered(prepare, change=lambda rows: rows, names=("a", "b", "c")):
-    rows = [{"image": png(np.full((8, 8, 3), i, np.uint8)), "label": i % 3, "caption": f"number {i}"}
-            for i in range(30)]
+    rows = [{"image": png(np.full((8, 8, 3), i, np.uint8)), "label": i % 3,
+             "caption": f"number {i}"} for i in range(30)]
     return prepare(lambda f: {"image": f.Image(shape=(8, 8, 3)), "caption": f.Text(),
                               "label": f.ClassLabel(names=list(names))}, change(rows), rows[:3])
 
@@ -1066,6 +1081,18 @@ def test_of_a_large_split_sizes_and_ten_thousand_records_are_looked_at(labelled,
     monkeypatch.setattr(prepared, "spread", lambda ids, n: n == 10_000 and spread(ids, 5))
     part()
     np.testing.assert_array_equal(seen, [0, 4, 9, 14, 19])
+
+
+def test_of_a_large_split_a_longer_record_is_seen_wherever_it_stands(prepare, monkeypatch):
+    monkeypatch.setattr(prepared, "SCAN_BYTES", 0)
+    monkeypatch.setattr(prepared, "spread", lambda ids, n: ids[:1])  # one is looked at
+    path = numbered(prepare)
+    first = int(unchecked(path)[0]["caption"].split()[1])
+    other = (first + 7) % 30
+    longer = numbered(prepare, lambda rows: [
+        {**row, "caption": row["caption"] * 1000 ** (i == other)} for i, row in enumerate(rows)])
+    a, b = (data.open_source(p, "train").fingerprint for p in (path, longer))
+    assert a != b
 
 
 def test_toys_fingerprint_changes_with_its_knobs_and_its_code(monkeypatch):
