@@ -126,15 +126,15 @@ class Split:
 
         The fingerprint is a sha256 of the features, the class names, and the bytes of all records
         in their order. So it changes with any image, label or caption, and not with the place of
-        the files. Of more than SCAN_BYTES only 10,000 evenly spaced records are looked at, and the
-        sizes of the files stand for the others: a change of a few records may then go unseen.
+        the files. Of more than SCAN_BYTES only 10,000 evenly spaced records are looked at. Then the
+        sizes stand for the others: a change of few records that keeps their bytes goes unseen.
         """
         ids = self.ids
         sha = hashlib.sha256(repr((self.features.to_json(), self.class_names)).encode())
         if self.info.num_bytes / self.info.num_examples * len(ids) > SCAN_BYTES:
             ids = spread(ids, 10_000)
-            for path in self.info.filepaths:
-                sha.update(b"%d," % os.path.getsize(path))
+            sizes = [os.path.getsize(path) for path in self.info.filepaths]
+            sha.update(repr((self.info.num_bytes, sizes)).encode())
         labels = []
         for some in np.split(ids, range(1024, len(ids), 1024)):
             records = self.records(some)

@@ -738,13 +738,13 @@ FILES = {
     "RGB with a colour that is transparent": (
         lambda: image_file(pil(RGB), transparency=tuple(RGB[0, 0].tolist())), SEE_THROUGH, 0),
     "L": (lambda: image_file(pil(L)), L, 0),
-    "L of 16 bits": (lambda: image_file(pildeep(L)), L, 0),
+    "L of 16 bits": (lambda: image_file(pil(deep(L))), L, 0),
     "L of 16 bits, by hand": (lambda: deep_png(deep(L)[..., None]), L, 0),
-    "L of 16 bits, tiff": (lambda: image_file(pildeep(L), "tiff"), L, 0),
+    "L of 16 bits, tiff": (lambda: image_file(pil(deep(L)), "tiff"), L, 0),
     "L of 16 bits, big-endian tiff": (
         lambda: image_file(pil(deep(L).astype(">u2")), "tiff"), L, 0),
     "L of 16 bits, ppm, which PIL opens as I": (
-        lambda: image_file(pildeep(L), "ppm"), L, 0),
+        lambda: image_file(pil(deep(L)), "ppm"), L, 0),
     "I": (lambda: image_file(pil(deep(L).astype(np.int32)), "tiff"), L, 0),
     "F": (lambda: image_file(pil((L / 255).astype(np.float32)), "tiff"), L, 0),
     "1": (lambda: image_file(pil(L > 80)), (L > 80) * 255, 0),
