@@ -68,9 +68,10 @@ class Split:
         out = {"image": np.stack([self.named(i, "image", self.image, row)
                                   for i, row in zip(ids, rows)])}
         if "label" in self.fields:
-            out["label"] = np.array([row["label"] for row in rows], np.int32)
-            if wrong := self.find_wrong(ids, out["label"]):  # where `scan` did not look at all
+            label = np.array([row["label"] for row in rows])
+            if wrong := self.find_wrong(ids, label):  # where `scan` did not look at all of them
                 raise ValueError(f"{self.at}: {wrong}; choose another")
+            out["label"] = label.astype(np.int32)
         if "caption" in self.fields:
             out["caption"] = [self.named(i, "caption", first_text, row["caption"])
                               for i, row in zip(ids, rows)]
@@ -122,7 +123,7 @@ class Split:
         return np.asarray(image).reshape(image.height, image.width, self.channels)
 
     def scan(self):
-        """Reads the records -> (fingerprint, ids [n], labels int32 [n]), n = 0 without labels.
+        """Reads the records -> (fingerprint, ids [n], labels int64 [n]), n = 0 without labels.
 
         The fingerprint is a sha256 of the features, the class names, and the bytes of all records
         in their order. So it changes with any image, label or caption, and not with the place of
@@ -136,13 +137,13 @@ class Split:
             sizes = [os.path.getsize(path) for path in self.info.filepaths]
             sha.update(repr((self.info.num_bytes, sizes)).encode())
         labels = []
-        for some in np.split(ids, range(1024, len(ids), 1024)):
+        for some in np.split(ids, range(256, len(ids), 256)):
             records = self.records(some)
             for record in records:
                 sha.update(b"%d," % len(record) + record)
             if "label" in self.fields:
                 labels += [row["label"] for row in self.parse(some, records, "label")]
-        return sha.hexdigest(), ids[:len(labels)], np.array(labels, np.int32)
+        return sha.hexdigest(), ids[:len(labels)], np.array(labels, np.int64)
 
     def find_wrong(self, ids, label):
         """What is wrong with labels that name no class, or ''."""
