@@ -9,7 +9,7 @@ Rare classes, near-copies and images of pure noise are planted in known amounts.
     test = world(2_000, seed=1, duplicates=0, hopeless=0)
 
 Dimensions: N examples, B examples of a chunk, H = W = image_size, C = 3 colours. The unit of length
-is the image's width. v points down. Colours are in [0, 1] until the last step turns them into bytes.
+is the width of the image. v points down. Colours are in [0, 1] until the last step makes them bytes.
 """
 
 import numpy as np
