@@ -485,7 +485,7 @@ def expert_steps(sizes, total_steps):
 def expert_batches(pool, cluster_N, j, **how):
     """`data.batches` of cluster j alone, so that every negative is of the same cluster. A cluster
     smaller than a batch goes round within it: then copies of an image are its negatives too."""
-    return data.batches(pool.subset(pool.ids[cluster_N == j]), **how)
+    return data.batches(pool.subset(pool.ids[cluster_N == j]), wrap=True, **how)
 
 
 # ----------------------------------------------------------------------------------- 3. distil

@@ -887,7 +887,7 @@ def main():
     config, typed = run.resolve(PRESETS)
     devices.start(config.coordinator, config.num_processes, config.process_id)
     check(config, typed)
-    encode, vocab = data.tokenizer(config.tokenizer)
+    encode, vocab = data.tokenizer(config.tokenizer or "bytes")
     open_split = lambda dataset, split: data.open_source(
         dataset, split, data_dir=config.data_dir, image_size=config.image_size,
         context=config.context, encode=encode, need=("caption",), toy_knobs=run.toy_knobs(config))
@@ -903,7 +903,8 @@ def main():
     like = jax.eval_shape(lambda: init(jax.random.key(0), reference_model))
     stage.check_given(config, like, trains=("curated",))
     run.open_workdir(config)
-    data.warn_of_lengths(source, encode, config.context)
+    for part, flag in ((source, "split"), (test_source, "eval_split")):
+        data.count_captions(part, encode, config.context, f"--{flag}={config[flag]}")
 
     metrics_file = report.MetricsFile(os.path.join(config.workdir, "metrics.jsonl"))
     stop, test_pool = run.Stop(), data.Pool(test_source)

@@ -1,40 +1,44 @@
-"""Examples by id, batches by (seed, step), planted noise with the truth kept, prefetch in threads.
+"""Examples by id: opening a data set, planting noise, and drawing batches.
 
-An example's id is its place in its whole split, for ever: sub-splits such as `train[:90%]` keep the
-ids of `train`, so that scores can be cached by id. A batch is a function of (seed, step) alone, the
-same for every number of devices and hosts; each host reads only its own slice of it.
+An example's id is its place in its whole split. A sub-split such as `train[:90%]` keeps the ids of
+`train`, so scores can be cached by id. A batch depends on (seed, step) alone: it is the same for
+every number of devices and hosts, and each host reads only its own rows of it.
 """
 
 import collections
 import concurrent.futures
 import functools
+import hashlib
 import itertools
 import os
+import re
+import zlib
 
 from absl import logging
 import numpy as np
 
-from common import toy
+from common import prepared, toy
 
-CACHE_BYTES = 2**31  # a data set that is smaller than this when decoded is decoded only once
+CACHE_BYTES = 2**31  # a split whose decoded arrays are smaller than this is decoded only once
 
 
 class Source:
-    """Random access to the examples of one split, decoded to arrays of fixed shape.
+    """The examples of one split by id, decoded to arrays of fixed shape.
 
-    `read(ids)` -> {'image': uint8 [n, H, W, C], 'label': int32 [n] or absent, 'tokens': int32
-    [n, T] or absent, and toy's planted truths}. `ids` [N] int64 are all that the split holds.
-    `describe(id)` is its caption, else its class name: for pictures.
+    `read(ids)` -> {'image': uint8 [n, H, W, C]; if there are any, 'label': int32 [n], and 'tokens':
+    int32 [n, T] with 'caption_hash': int32 [n, 2]; toy adds its planted truths}.
+    `ids` int64 [N] are all ids of the split, in rising order. `describe(id)` is an example's whole
+    caption, or its class name if it has no caption. `fingerprint` changes with the records.
     """
 
-    def __init__(self, name, ids, read, *, class_names=(), describe=str):
+    def __init__(self, name, ids, read, *, class_names=(), describe=str, fingerprint=""):
         self.name, self.ids, self.class_names, self.describe = name, ids, class_names, describe
-        self._read, self._cache, self._have = read, None, None
-        probe = read(ids[:1])
-        if probe["image"].nbytes * len(ids) <= CACHE_BYTES:
-            self._cache = {k: np.empty((len(ids), *v.shape[1:]), v.dtype) for k, v in probe.items()}
+        self.fingerprint, self._read, self._cache, self._have = fingerprint, read, None, None
+        first = read(ids[:1])
+        if first["image"].nbytes * len(ids) <= CACHE_BYTES:
+            self._cache = {k: np.empty((len(ids), *v.shape[1:]), v.dtype) for k, v in first.items()}
             self._have = np.zeros(len(ids), bool)
-        self.image_shape = probe["image"].shape[1:]
+        self.image_shape = first["image"].shape[1:]
 
     def read(self, ids):
         if self._cache is None:
@@ -48,182 +52,172 @@ class Source:
         return {k: v[rows] for k, v in self._cache.items()}
 
 
-def tokenize(caption, context, encode=None):
-    """A caption, cut to fit, as int32 [context]: its ids by `encode`, 1 at the end, 0 pads."""
+# ----------------------------------------------------------------------------------- captions
+
+WORD_IDS = 4096
+MARKS = 3  # ids below the tokenizer's own: 0 pads, 1 ends a caption, 2 is free
+VOCAB = 256 + MARKS  # of `byte_ids`
+
+
+def word_ids(caption):
+    """One id for each lower-case word or number, crc32(word) mod 4,096: no vocabulary file.
+
+    Punctuation is skipped. Different words may share an id. With V different words, a word shares
+    its id with another one with probability 1 - (1 - 1/4096)^(V - 1): 0.2 for V = 1,000 and 0.9
+    for V = 10,000. None of toy's words do.
+    """
+    return np.array([zlib.crc32(word.encode()) % WORD_IDS
+                     for word in re.findall(r"[^\W_]+", caption.lower())], np.int32) + MARKS
+
+
+def byte_ids(caption):
+    """One id for each UTF-8 byte."""
+    return np.frombuffer(caption.encode(), np.uint8) + np.int32(MARKS)
+
+
+def tokenizer(name):
+    """(encode: caption -> int32 ids, vocabulary size) of 'words', 'bytes' or a sentencepiece file.
+
+    Raises: ValueError with one line that names --tokenizer.
+    """
+    if name in ("words", "bytes"):
+        return (word_ids, WORD_IDS + MARKS) if name == "words" else (byte_ids, VOCAB)
+    path = os.path.expanduser(name)
+    if not os.path.isfile(path):
+        raise ValueError(f"--tokenizer={name}: neither 'words', 'bytes' nor a sentencepiece file")
+    try:
+        import sentencepiece
+    except ImportError:
+        raise ValueError(f"--tokenizer={name} needs `pip install sentencepiece`") from None
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=path)
+    except Exception as e:
+        raise ValueError(f"--tokenizer={name}: not a sentencepiece model "
+                         f"({prepared.reason(e)})") from None
+    return (lambda caption: np.array(pieces.encode(caption), np.int32) + MARKS,
+            pieces.vocab_size() + MARKS)
+
+
+def tokenize(caption, context, encode=byte_ids):
+    """A caption as int32 [context]: its ids, cut if they are too many, then 1, then zeros."""
     tokens = np.zeros(context, np.int32)
-    ids = (encode or byte_ids)(caption)[:context - 1]
+    ids = encode(caption)[:context - 1]
     tokens[:len(ids)], tokens[len(ids)] = ids, 1
     return tokens
 
 
-def byte_ids(caption):
-    """UTF-8 bytes, each + 3: 0 pads, 1 ends, 2 is free."""
-    return np.frombuffer(caption.encode(), np.uint8) + np.int32(3)
+def caption_hash(caption):
+    """int32 [2], 64 bits of the sha256 of the whole caption. Two captions are equal if their
+    hashes are. Tokens cannot tell: long captions that begin alike are equal after the cut."""
+    return np.frombuffer(hashlib.sha256(caption.encode()).digest()[:8], "<i4")
 
 
-VOCAB = 256 + 3  # of `byte_ids`
+def caption_fields(captions, context, encode):
+    """What a batch carries of its captions."""
+    return {"tokens": np.stack([tokenize(c, context, encode) for c in captions]),
+            "caption_hash": np.stack([caption_hash(c) for c in captions])}
 
 
-def tokenizer(path=None):
-    """(encode, vocabulary size): bytes, or the pieces of a sentencepiece model file, + 3 too."""
-    if not path:
-        return byte_ids, VOCAB
-    try:
-        import sentencepiece
-    except ImportError:
-        raise ValueError(f"--tokenizer={path} needs `pip install sentencepiece`") from None
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=path)
-    except Exception as e:
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ValueError(f"--tokenizer={path}: not a sentencepiece model ({why})") from None
-    return (lambda caption: np.array(pieces.encode(caption), np.int32) + 3,
-            pieces.vocab_size() + 3)
+def count_captions(source, encode, context, split, sample=1000):
+    """Looks at up to 1,000 captions of a split, and warns of those that a model cannot tell apart.
+
+    Returns {'looked_at': their number; and as fractions of it 'cut': captions of more than
+    context - 1 tokens; 'empty': of no token; 'equal': the same as another one's; 'equal_tokens':
+    different from all others, but with the same tokens as another one after the cut}.
+    """
+    captions = [source.describe(i) for i in prepared.spread(source.ids, sample)]
+    lengths = np.array([len(encode(c)) for c in captions])
+    times = collections.Counter(captions)
+    tokens = {c: tokenize(c, context, encode).tobytes() for c in times}
+    readings = collections.Counter(tokens.values())
+    fraction = lambda flags: float(np.mean(list(flags)))
+    out = {"cut": fraction(lengths > context - 1), "empty": fraction(lengths == 0),
+           "equal": fraction(times[c] > 1 for c in captions),
+           "equal_tokens": fraction(times[c] == 1 and readings[tokens[c]] > 1 for c in captions)}
+    if any(out.values()):
+        logging.warning(
+            "captions of %s: %.1f %% are longer than %d tokens and are cut, %.1f %% are empty, "
+            "%.1f %% are equal to another one, and %.1f %% more have the same tokens as another "
+            "one (of %d looked at)", split, 100 * out["cut"], context - 1, 100 * out["empty"],
+            100 * out["equal"], 100 * out["equal_tokens"], len(captions))
+    return {"looked_at": len(captions), **out}
 
 
-def warn_of_lengths(source, encode, context, sample=1000):
-    """Logs how many captions are cut to `context` tokens and how many are empty, of a sample."""
-    some = source.ids[np.linspace(0, len(source.ids) - 1, min(sample, len(source.ids))).astype(int)]
-    lengths = np.array([len(encode(source.describe(i))) for i in some])
-    cut, empty = (lengths > context - 1).mean(), (lengths == 0).mean()
-    if cut or empty:
-        logging.warning("captions: %.1f %% are longer than --context=%d and are cut, %.1f %% are "
-                        "empty (of %d looked at)", 100 * cut, context, 100 * empty, len(some))
+# ------------------------------------------------------------------------------ opening a set
 
 
-def open_source(dataset, split, *, data_dir=None, image_size=0, context=0, encode=None,
-                need=(), toy_knobs=()):
+def open_source(dataset, split, *, data_dir=None, image_size=0, context=0, encode=byte_ids,
+                need=(), toy_knobs=(), flags=("dataset", "split")):
     """A Source for `toy`, a TFDS name, or the path of a prepared TFDS directory.
 
     Args:
-      image_size: side in pixels; larger or oblong images are resized and centre-cropped to it; 0
-        takes the set's own size, which must then be one for all.
-      context: tokens per caption; encode: caption -> token ids, see `tokenizer`.
-      need: the fields that the caller cannot do without, of 'label' and 'caption'.
+      image_size: side in pixels, see `prepared.fit`. 0 takes the set's own size, which must be one
+        square.
+      context: tokens for each caption; 0 leaves captions out. encode: see `tokenizer`.
+      need: the fields that the caller cannot do without, of 'label' and 'caption'. A label that is
+        not needed is left out if it is not a class, or if some examples have none (-1).
       toy_knobs: keyword arguments of `toy.world`, for the split `train`; `test` is a balanced
         world of 2,000 clean examples.
-    Raises: ValueError with one line that names the flag and the mend.
+      flags: the flags that `dataset` and `split` come from, for errors.
+    Raises: ValueError with one line that names the flag and what to do.
     """
     if dataset == "toy":
-        return _toy_source(split, image_size or 32, context, encode, dict(toy_knobs))
-    if dataset.startswith(("/", "./", "../", "~")) and not os.path.isdir(dataset):
-        raise ValueError(f"--dataset={dataset}: no such directory")
-    import tensorflow_datasets as tfds  # here and not above: it takes seconds, and toy needs none
-
-    try:
-        builder = (tfds.builder_from_directory(dataset) if os.path.isdir(dataset) else
-                   tfds.builder(dataset, data_dir=data_dir, file_format="array_record"))
-    except Exception as e:  # TFDS raises half a dozen types, with pages of text
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ValueError(f"--dataset={dataset}: neither a TFDS name nor a prepared TFDS directory "
-                         f"({why})") from None
-    if not builder.info.splits:
-        raise ValueError(
-            f"--dataset={dataset}: not prepared under {builder.data_dir}. Prepare it once with "
-            f"`pip install tensorflow && python -c \"import tensorflow_datasets as tfds; "
-            f"tfds.builder('{dataset}', file_format='array_record').download_and_prepare()\"`, or "
-            "name its place with --data_dir")
-    try:
-        (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
-    except Exception:
-        raise ValueError(f"--split or --eval_split {split!r}: {dataset} has "
-                         f"{', '.join(builder.info.splits)}, and sub-splits of one such as "
-                         "'train[:90%]'") from None
-    total = builder.info.splits[part.splitname].num_examples
-    begin, end = part.from_ or 0, total if part.to is None else part.to
-    if begin >= end:
-        raise ValueError(f"--split or --eval_split {split!r} of {dataset} holds no example")
-
-    features = builder.info.features
-    text = next((f for f in ("caption", "captions", "text") if f in features), None)
-    has = {"image": "image" in features, "label": "label" in features, "caption": text is not None}
-    for field in ("image", *need):
-        if not has[field]:
-            raise ValueError(f"--dataset={dataset} has no feature {field!r} (it has "
-                             f"{', '.join(features)}): choose another --dataset or --task")
-    if "label" in need and not hasattr(features["label"], "names"):
-        raise ValueError(f"--dataset={dataset}: its label is {features['label']}, not a class")
-    try:
-        data = builder.as_data_source(split=part.splitname)
-    except NotImplementedError:
-        raise ValueError(f"--dataset={dataset} is prepared as {builder.info.file_format.value}: "
-                         "prepare it again with file_format='array_record'") from None
-    shape = features["image"].shape
-    if not image_size and (None in shape or shape[0] != shape[1]):
-        raise ValueError(f"--dataset={dataset} has images of shape {shape}: give --image_size")
-
-    def caption_of(example):
-        value = example[text]
-        value = value["text"] if isinstance(value, dict) else value  # coco_captions
-        if isinstance(value, (list, tuple, np.ndarray)):  # several: the first
-            value = value[0] if len(value) else ""
-        return value.decode() if isinstance(value, bytes) else str(value)
+        return _toy_source(split, image_size or 32, context, encode, dict(toy_knobs), flags[1])
+    part = prepared.Split(dataset, split, data_dir=data_dir, image_size=image_size,
+                          captions=bool(context), need=need, flags=flags)
+    if part.wrong_labels:
+        logging.warning("--%s=%s: %s, so its labels are left out", flags[1], split,
+                        part.wrong_labels)
 
     def read(ids):
-        rows = data.__getitems__([int(i) for i in ids])  # TFDS wants Python ints
-        out = {"image": np.stack([_fit(row["image"], image_size) for row in rows])}
-        if has["label"]:
-            out["label"] = np.array([row["label"] for row in rows], np.int32)
-        if text and context:
-            out["tokens"] = np.stack([tokenize(caption_of(row), context, encode) for row in rows])
-        return out
+        out = part.read(ids)
+        captions = out.pop("caption", None)
+        return out if captions is None else out | caption_fields(captions, context, encode)
 
-    def describe(i):
-        row = data[int(i)]
-        return caption_of(row) if text and context else str(names[row["label"]]) if names else ""
-
-    names = features["label"].names if has["label"] and hasattr(features["label"], "names") else ()
-    return Source(f"{builder.info.full_name}/{part.splitname}[{begin}:{end}], {image_size} px, "
-                  f"{context} tokens", np.arange(begin, end), read,
-                  class_names=tuple(names), describe=describe)
+    return Source(f"{part.name}, {image_size} px, {context} tokens", part.ids, read,
+                  class_names=part.class_names, describe=part.describe,
+                  fingerprint=part.fingerprint)
 
 
-def _fit(image, side):
-    """Resize the shorter side to `side` and cut the centre square; nothing if it fits already."""
-    if not side or image.shape[:2] == (side, side):
-        return image
-    import PIL.Image
-    height, width = image.shape[:2]
-    scale = side / min(height, width)
-    new = (max(side, round(width * scale)), max(side, round(height * scale)))
-    picture = PIL.Image.fromarray(image.squeeze() if image.shape[-1] == 1 else image)
-    image = np.asarray(picture.resize(new, PIL.Image.BICUBIC)).reshape(new[1], new[0], -1)
-    top, left = (new[1] - side) // 2, (new[0] - side) // 2
-    return image[top:top + side, left:left + side]
-
-
-def _toy_source(split, image_size, context, encode, knobs):
+def _toy_source(split, image_size, context, encode, knobs, flag):
     if split not in ("train", "test"):
-        raise ValueError(f"--split or --eval_split {split!r}: toy has train, test")
+        raise ValueError(f"--{flag}={split}: toy has the splits train, test")
     if split == "test":
         knobs = {"n": 2_000, "tail": 0.0, "duplicates": 0.0, "hopeless": 0.0, "seed": 1}
     world = toy.world(image_size=image_size, **knobs)
     arrays = {k: v for k, v in world.items() if isinstance(v, np.ndarray)}
-    if context:
-        arrays["tokens"] = np.stack([tokenize(c, context, encode) for c in world["caption"]])
-    n = len(arrays["label"])
     knobs_text = ", ".join(f"{k} {v}" for k, v in sorted(knobs.items()))
-    return Source(f"toy/{split}, {knobs_text}, {image_size} px, {context} tokens", np.arange(n),
-                  lambda ids: {k: v[ids] for k, v in arrays.items()},
-                  class_names=toy.CLASSES, describe=lambda i: (
-                      world["caption"][i] if context else toy.CLASSES[world["label"][i]]))
+    sha = hashlib.sha256(repr((knobs_text, toy.CLASSES, world["caption"])).encode())
+    for name in sorted(arrays):
+        sha.update(arrays[name].tobytes())
+    if context:
+        arrays |= caption_fields(world["caption"], context, encode)
+    texts = world["caption"] if context else [toy.CLASSES[label] for label in world["label"]]
+    return Source(f"toy/{split}, {knobs_text}, {image_size} px, {context} tokens",
+                  np.arange(len(texts)), lambda ids: {k: v[ids] for k, v in arrays.items()},
+                  class_names=toy.CLASSES, fingerprint=sha.hexdigest(), describe=texts.__getitem__)
+
+
+# ------------------------------------------------------------------------ what is trained on
+
+TRUTHS = ("noisy", "duplicate", "hopeless")  # bool fields that a batch may carry, for reporting
 
 
 class Pool:
     """Examples to train on: all ids of a Source, or some, with noise planted in one field.
 
     A fraction `noise` of the source's ids, drawn by `seed`, gets the `field` ('label' or 'tokens')
-    of another of them, along one cycle. `read` adds 'id' and 'noisy': bool [n], True where the
-    field now differs from the true one; it is known for reporting only.
+    of another of them, along one cycle. A caption's hash moves with its tokens. `read` adds 'id'
+    and 'noisy', bool [n]: True where the label or the whole caption now differs from the true one.
     """
 
     def __init__(self, source, *, noise=0.0, field="label", seed=0, ids=None):
         self.source, self.noise, self.field, self.seed = source, noise, field, seed
         self.ids = source.ids if ids is None else np.sort(ids)
-        rng = np.random.default_rng((seed, 1))
-        chosen = rng.permutation(len(source.ids))[:round(noise * len(source.ids))]
         if len(self.ids) == 0:
             raise ValueError("a training pool holds no example: check the splits and fractions")
+        rng = np.random.default_rng((seed, 1))
+        chosen = rng.permutation(len(source.ids))[:round(noise * len(source.ids))]
         self._donor = source.ids.copy()
         self._donor[chosen] = source.ids[np.roll(chosen, 1)]
 
@@ -235,6 +229,7 @@ class Pool:
         return Pool(self.source, noise=noise, field=self.field, seed=self.seed, ids=self.ids)
 
     def subset(self, ids):
+        """Other examples of the source, with the same noise."""
         return Pool(self.source, noise=self.noise, field=self.field, seed=self.seed, ids=ids)
 
     def donor(self, ids):
@@ -242,26 +237,28 @@ class Pool:
         return self._donor[np.searchsorted(self.source.ids, ids)]
 
     def read(self, ids):
-        out = self.source.read(ids)
-        noisy, donors = np.zeros(len(ids), bool), self.donor(ids)
-        moved = np.flatnonzero(donors != ids)
+        out, donors = dict(self.source.read(ids)), self.donor(ids)
+        noisy, moved = np.zeros(len(ids), bool), np.flatnonzero(donors != ids)
         if len(moved):
-            given = out[self.field].copy()
-            given[moved] = self.source.read(donors[moved])[self.field]
-            noisy = (given != out[self.field]).reshape(len(ids), -1).any(1)
-            out = {**out, self.field: given}
+            given = self.source.read(donors[moved])
+            fields = [self.field]
+            if self.field == "tokens" and "caption_hash" in out:
+                fields.append("caption_hash")
+            for field in fields:  # of a caption, the hash decides whether it is another one
+                differs = given[field] != out[field][moved]
+                noisy[moved] = differs.reshape(len(moved), -1).any(1)
+                out[field] = out[field].copy()
+                out[field][moved] = given[field]
         return {**out, "noisy": noisy, "id": np.asarray(ids)}
 
     def identity(self):
         """What the examples and their fields are made of, for files that depend on them."""
-        return f"{self.source.name}, {self.noise:g} of {self.field} planted by seed {self.seed}"
-
-
-TRUTHS = ("noisy", "duplicate", "hopeless")  # bool fields that a batch may carry, for reporting
+        return (f"{self.source.name}, {self.noise:g} of {self.field} planted by seed {self.seed}, "
+                f"fingerprint {self.source.fingerprint[:16]}")
 
 
 def split(ids, fraction, seed):
-    """Two disjoint parts of `ids`; the first has that fraction of them, drawn by `seed`."""
+    """Two disjoint parts of `ids`. The first has that fraction of them, drawn by `seed`."""
     order = np.random.default_rng((seed, 2)).permutation(ids)
     n = round(fraction * len(ids))
     return np.sort(order[:n]), np.sort(order[n:])
@@ -273,25 +270,52 @@ def _permutation(n, seed, epoch):
 
 
 def batch_ids(ids, seed, step, batch_size):
-    """Ids [batch_size] of a step: epochs without replacement, each in an order of its own."""
+    """Ids [batch_size] of a step, a pure function of the arguments.
+
+    Every epoch goes through the ids in an order of its own. What is left at its end and is less
+    than a batch is dropped, so that no id is twice in a batch. A batch that is larger than `ids`
+    must repeat some: then each epoch begins where the last one ended.
+    """
+    n = len(ids)
+    if batch_size <= n:
+        epoch, part = divmod(step, n // batch_size)
+        return ids[_permutation(n, seed, epoch)[part * batch_size:(part + 1) * batch_size]]
     place = step * batch_size + np.arange(batch_size)
-    epoch, row = place // len(ids), place % len(ids)
-    out = np.empty(batch_size, ids.dtype)
-    for e in np.unique(epoch):
-        out[epoch == e] = ids[_permutation(len(ids), seed, int(e))[row[epoch == e]]]
-    return out
+    epochs = range(place[0] // n, place[-1] // n + 1)
+    return ids[np.concatenate([_permutation(n, seed, e) for e in epochs])[place - epochs[0] * n]]
 
 
-def batches(pool, *, seed, batch_size, start, stop, host=(0, 1)):
-    """Yields the rows of host (index, number of hosts) of the batches of steps start..stop-1."""
+def check_batch(pool, batch_size, flags="--batch_size"):
+    """Raises ValueError if a batch of distinct examples is larger than the pool; see `batches`."""
+    if batch_size > len(pool):
+        raise ValueError(f"{flags}: a batch has {batch_size} examples, and only {len(pool)} are "
+                         "there to draw it from without replacement: choose a smaller batch")
+
+
+def batches(pool, *, seed, batch_size, start, stop, host=(0, 1), wrap=False, flags="--batch_size"):
+    """Yields the rows of host (index, number of hosts) of the batches of steps start..stop-1.
+
+    wrap: a batch larger than the pool repeats examples, and a line of the log says so. Only for
+    training without selection: a selection could take the same example twice.
+    flags: what sets the size of the batch, for the error.
+    Raises: ValueError, at once, if the batch is larger than the pool and `wrap` is False.
+    """
+    if not wrap:
+        check_batch(pool, batch_size, flags)
+    elif batch_size > len(pool):
+        logging.warning("a batch of %d repeats examples: only %d are there to draw it from",
+                        batch_size, len(pool))
     rows = _rows(batch_size, *host)
     return prefetch(lambda step: pool.read(batch_ids(pool.ids, seed, step, batch_size)[rows]),
                     range(start, stop))
 
 
 def sweep(pool, batch_size, host=(0, 1)):
-    """Yields the rows of host (index, number of hosts) of batches that go once through a pool, in
-    the order of its ids. The last is filled up with the first id; 'valid' [rows] is False there."""
+    """Yields the rows of host (index, number of hosts) of batches that go once through a pool.
+
+    They come in the order of the ids. The last batch is filled up with the first id, and 'valid',
+    bool [rows], is False there.
+    """
     rows, n = _rows(batch_size, *host), len(pool)
     ids = np.concatenate([pool.ids, np.full(-n % batch_size, pool.ids[0])])
     make = lambda s: {**pool.read(ids[s:s + batch_size][rows]),

@@ -1,23 +1,24 @@
-"""A procedural world of small captioned images, so that every script runs without a download.
+"""A world of small drawn images with captions, so that every script runs without a download.
 
-A scene is a muted, textured ground, one saturated object whose shape and colour are the class,
-and in about half of the scenes a small white, grey or black distractor. The caption is written
-from the parameters that the picture is drawn from, so it is true of the picture. What selection
-should find is planted in known amounts: rare classes, near-copies, images of pure noise.
+Each picture shows one object in a bright colour on a dull, textured ground. The object's colour
+and shape are the class. About half of the pictures also show a small white, grey or black object,
+the distractor. Picture and caption are made from the same parameters, so every caption is true.
+Rare classes, near-copies and images of pure noise are planted in known amounts.
 
     data = world(20_000)        # about 3 s on one core
     test = world(2_000, seed=1, duplicates=0, hopeless=0)
 
-Dimensions: N examples of the world, B of a chunk, H = W = image_size, C = 3 colours. Lengths are
-in image widths, v points down, and colours are in [0, 1] until the last step makes bytes of them.
+Dimensions: N examples, B examples of a chunk, H = W = image_size, C = 3 colours. The unit of length
+is the width of the image. v points down. Colours are in [0, 1] until the last step makes them bytes.
 """
 
 import numpy as np
 
 
 def star(u, v):
-    """A star is one edge mirrored ten times: fold the angle into a tenth of a turn. That edge, from
-    the tip at radius 1 to the notch at 0.45, lies 0.384 from the middle, square to 1.177 rad."""
+    # A star is one edge, mirrored ten times, so the angle is folded into a tenth of a turn. The edge
+    # goes from the tip at radius 1 to the notch at radius 0.45. The line through it is 0.384 away
+    # from the middle, and its normal points to 1.177 rad.
     fifth = 2 * np.pi / 5
     angle = np.abs((np.arctan2(u, -v) + fifth / 2) % fifth - fifth / 2)
     return np.hypot(u, v) * np.cos(angle - 1.177) - 0.384
@@ -28,7 +29,8 @@ def cross(u, v):
     return np.maximum(long - 0.96, short - 0.3)
 
 
-# Signed distance to the outline, in radii, negative inside; drawn to look equally large.
+# The signed distance to a shape's outline, in radii. It is negative inside. The constants make all
+# shapes look equally large.
 SHAPES = {"circle": lambda u, v: np.hypot(u, v) - 0.92,
           "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.76,
           "triangle": lambda u, v: np.maximum(v, 0.866 * np.abs(u) - 0.5 * v) - 0.5,
@@ -38,8 +40,8 @@ SHAPES = {"circle": lambda u, v: np.hypot(u, v) - 0.92,
 COLOURS = {"red": (220, 40, 45), "yellow": (250, 212, 35), "green": (40, 165, 65),
            "blue": (40, 85, 225), "purple": (150, 50, 190)}
 TONES = {"white": (245, 245, 245), "grey": (158, 158, 158), "black": (15, 15, 15)}
-# Lightness, clipped to [-1, 1]; a and b are phases along u and v, in radians. The slope k makes
-# the edges of a pattern about a pixel wide.
+# The lightness of a ground, to be clipped to [-1, 1]. a and b are the phases along u and v, in
+# radians. k is a slope that makes the edges of a pattern about one pixel wide.
 GROUNDS = {"stripes": lambda u, a, b, k: k * np.sin(a),
            "checks": lambda u, a, b, k: k * np.sin(a) * np.sin(b),
            "dots": lambda u, a, b, k: k * (np.cos(a) + np.cos(b) - 0.7),
@@ -58,21 +60,24 @@ TEMPLATES = ("a {size} {thing} at {place} on {ground}{and_other}",
              "{thing}, {size}, at {place} on {ground}{and_other}",
              "{other_and}a {size} {thing} at {place} on {ground}")
 
-# Which classes are common is a fact of the world, not of the seed: train and test must agree.
+# Training and test worlds have different seeds and must agree on which classes are common.
 RANK_OF_CLASS = np.random.default_rng(0).permutation(len(CLASSES))
-# Grain must move with the scene when a near-copy is shifted, so it is read off one fixed tile.
+# The ground of a near-copy is shifted with the rest of its picture. So grain is read from a fixed
+# tile, by position, and is not drawn anew.
 GRAIN = np.random.default_rng(1).standard_normal((256, 256)).astype(np.float32)
 GRAIN = sum(np.roll(GRAIN, (i, j), (0, 1)) for i in range(3) for j in range(3)) / 4
 
 
 def world(n, *, image_size=32, seed=0, tail=1.0, duplicates=0.1, hopeless=0.05):
-    """Draw a world of n examples; the same arguments give the same world.
+    """Draws a world of n examples. The same arguments give the same world.
 
-    tail        exponent of the class histogram, p_k ~ 1 / (k + 1)^tail; 0 is balanced
-    duplicates  fraction that are near-copies: another example's scene, moved by at most a pixel
-    hopeless    fraction whose pixels are pure noise, under an ordinary label and caption
-    Returns 'image' uint8 [N, H, W, C], 'label' int32 [N], 'caption' (a list of N strings) and the
-    planted truths 'duplicate' and 'hopeless', bool [N], disjoint, which no method may look at.
+    Args:
+      tail: exponent of the class frequencies, p_k ~ 1 / (k + 1)^tail; 0 makes them equal.
+      duplicates: fraction of near-copies, another example's scene moved by at most a pixel.
+      hopeless: fraction of images of pure noise, with an ordinary label and caption.
+    Returns {'image': uint8 [N, H, W, C], 'label': int32 [N], 'caption': a list of N strings,
+    'duplicate' and 'hopeless': bool [N], never both True}. No method may look at the last two.
+    Raises: ValueError that names the flag.
     """
     check(n, image_size, tail, duplicates, hopeless)
     rng = np.random.default_rng(seed)
@@ -95,7 +100,7 @@ def world(n, *, image_size=32, seed=0, tail=1.0, duplicates=0.1, hopeless=0.05):
 
 
 def check(n, image_size, tail, duplicates, hopeless):
-    """Refuse an impossible world, by the name of the flag that asks for it."""
+    """Raises ValueError, naming the flag, if there is no such world."""
     if n < 1:
         raise ValueError(f"--toy_examples must be at least 1, got {n}")
     if image_size < 8:
@@ -111,16 +116,17 @@ def check(n, image_size, tail, duplicates, hopeless):
 
 
 def draw_scenes(rng, n, tail):
-    """The parameters of n scenes, a dict of arrays [N, ...]; "other" is the distractor."""
+    """The parameters of n scenes: a dict of arrays [N, ...]. "other" is the distractor."""
     p = (1.0 + RANK_OF_CLASS) ** -tail
     label = rng.choice(len(CLASSES), n, p=p / p.sum())
     radius = rng.uniform(0.18, 0.325, n)
-    # First a cell of a 3 x 3 grid, then a spot well inside it: "left" is never nearly "centre".
+    # The object is put into a cell of a 3 x 3 grid, and well inside it. So an object that the
+    # caption calls "left" is never nearly at the "centre".
     cell = rng.integers(-1, 2, (n, 2))
     offset = cell * rng.uniform(0.6, 1, (n, 2)) + (cell == 0) * rng.uniform(-0.2, 0.2, (n, 2))
     centre = 0.5 + offset * (0.5 - radius)[:, None]
 
-    # The distractor takes the first of 16 random spots that is clear of the object.
+    # The distractor takes the first of 16 random spots that does not touch the object.
     other_radius = rng.uniform(0.11, 0.15, n)
     spots = 0.5 + rng.uniform(-1, 1, (n, 16, 2)) * (0.5 - other_radius)[:, None, None]
     gap = np.linalg.norm(spots - centre[:, None], axis=-1) - (radius + other_radius)[:, None]
@@ -146,7 +152,7 @@ def rgb(table, index):
 
 
 def describe(scene):
-    """One English sentence per scene -> list of N strings."""
+    """One English sentence for each scene: a list of N strings."""
     shapes, tones, grounds, ground_colours = map(list, (SHAPES, TONES, GROUNDS, GROUND_COLOURS))
     sizes = np.digitize(2 * scene["radius"], (0.45, 0.55))
     captions = []
@@ -162,7 +168,7 @@ def describe(scene):
 
 
 def render(rng, scene, image_size):
-    """Draw the scenes, a chunk at a time to bound the memory -> uint8 [N, H, W, C]."""
+    """Draws the scenes -> uint8 [N, H, W, C]. Chunks keep the memory small."""
     n = len(scene["shape"])
     image = np.empty((n, image_size, image_size, 3), np.uint8)
     chunk = max(1, 2**17 // image_size**2)
@@ -175,7 +181,7 @@ def render(rng, scene, image_size):
 
 
 def paint(scene, image_size):
-    """The noiseless pictures, back to front: ground, distractor, object -> [B, H, W, C]."""
+    """Pictures without noise [B, H, W, C]: the ground, the distractor on it, then the object."""
     pixel = (np.arange(image_size) + 0.5) / image_size
     grid = pixel[:, None] + scene["shift"][:, None]  # [B, H, 2]: x of a column, y of a row
     light_BHW = texture(scene, grid)
@@ -186,7 +192,7 @@ def paint(scene, image_size):
 
 
 def texture(scene, grid):
-    """The ground's lightness, -1 to 1 -> [B, H, W]."""
+    """The lightness of the grounds, from -1 to 1, [B, H, W]."""
     u, v = turned(grid, np.full_like(scene["centre"], 0.5), scene["ground_turn"])
     cycles, phase = spread(2 * np.pi * scene["cycles"]), spread(scene["phase"])
     slope = np.broadcast_to(2 * grid.shape[1] / cycles, u.shape)
@@ -195,11 +201,11 @@ def texture(scene, grid):
 
 
 def stamp(canvas_BHWC, scene, grid, prefix=""):
-    """Paint one shape per picture, with edges one pixel wide, inside a dark rim."""
+    """Paints one shape on each picture, with edges one pixel wide and a dark rim around it."""
     u, v = turned(grid, scene[prefix + "centre"], scene[prefix + "turn"])
     radius = spread(scene[prefix + "radius"])
     distance_BHW = radius * by_kind(SHAPES, scene[prefix + "shape"], u / radius, v / radius)
-    # The rim keeps grey visible on a ground that is nearly grey, green on one nearly green.
+    # With a rim, a shape shows on a ground that has nearly its colour.
     rim, ink = (np.clip(0.5 - (distance_BHW - edge) * grid.shape[1], 0, 1)[..., None]
                 for edge in (0.02, 0))
     canvas_BHWC = canvas_BHWC * (1 - 0.45 * rim)
@@ -207,14 +213,14 @@ def stamp(canvas_BHWC, scene, grid, prefix=""):
 
 
 def turned(grid, centre, turn):
-    """Coordinates about a centre [B, 2], in axes turned by an angle [B] -> u, v, each [B, H, W]."""
+    """Coordinates u, v [B, H, W] from a centre [B, 2], along axes turned by an angle [B]."""
     x, y = np.moveaxis((grid - centre[:, None]).astype(np.float32), -1, 0)
     x, y, cos, sin = x[:, None, :], y[:, :, None], spread(np.cos(turn)), spread(np.sin(turn))
     return cos * x + sin * y, cos * y - sin * x
 
 
 def by_kind(table, kind, *arrays):
-    """Each row through its own kind's function, so that no row pays for the other kinds."""
+    """Applies to each row the function of its kind, and no other: that would be wasted time."""
     out = np.empty_like(arrays[0])
     for i, draw in enumerate(table.values()):
         out[kind == i] = draw(*(array[kind == i] for array in arrays))
@@ -226,5 +232,5 @@ def take(scene, rows):
 
 
 def spread(values):
-    """[B, ...] -> float32 [B, 1, 1, ...], to meet images."""
+    """[B, ...] -> float32 [B, 1, 1, ...], which broadcasts over images."""
     return values.astype(np.float32)[:, None, None]
