@@ -729,7 +729,7 @@ def check(config, typed=()):
         if flag in typed:
             raise ValueError(f"--{flag} is not read here: nothing is trained on labels or captions")
     for seed in config.seeds if config.assignment else ():
-        if not os.path.exists(path := config.assignment.format(seed=seed)):
+        if not os.path.exists(path := run.for_seed(config.assignment, seed)):
             raise ValueError(f"--assignment={path}: no such file")
     devices.divides(batch_size=config.batch_size)
     try:
@@ -776,12 +776,14 @@ def check_data(config, source, pools):
         raise ValueError(f"--image_size: images of {side} px in {channels} channels: want 8 px or "
                          "more, in 1 or 3")
     N = len(pools[config.seeds[0]][0])  # for each seed the same
+    data.check_batch(pools[config.seeds[0]][0], config.batch_size,
+                     f"--batch_size={config.batch_size}")
     if K > N:
         raise ValueError(f"--clusters={K}: want at most one per example, {N}")
     if K > n_classes and "dnc_oracle" in config.arms:
         raise ValueError(f"--clusters={K}: dnc_oracle has only {n_classes} classes to group")
     for seed in config.seeds if config.assignment else ():
-        path = config.assignment.format(seed=seed)
+        path = run.for_seed(config.assignment, seed)
         made_by = {**stage.origin(pools[seed][0]), "clusters": K}
         check_hash(stage.read_cache(path, made_by, "assignment")[0], path)
 
@@ -835,8 +837,8 @@ def main():
     check(config, typed)
     source, test_source = (data.open_source(
         config.dataset, split, data_dir=config.data_dir, image_size=config.image_size,
-        need=("label",), toy_knobs=run.toy_knobs(config))
-        for split in (config.split, config.eval_split))
+        need=("label",), toy_knobs=run.toy_knobs(config), flags=("dataset", flag))
+        for flag, split in (("split", config.split), ("eval_split", config.eval_split)))
     labels = np.concatenate([x["label"][x["valid"]] for x in
                              data.sweep(data.Pool(source), config.batch_size)])
     pools = {seed: training_pool(source, labels, seed, config.class_cap) for seed in config.seeds}
@@ -895,8 +897,8 @@ def main():
     for seed in config.seeds:
         pool, label_N = pools[seed]
         key_init, key_steps, key_divide = jax.random.split(jax.random.key(seed), 3)
-        path = (config.assignment or os.path.join(config.workdir, "assignment-{seed}.npz")).format(
-            seed=seed)
+        path = (run.for_seed(config.assignment, seed) if config.assignment else
+                os.path.join(config.workdir, f"assignment-{seed}.npz"))
         base_and_row = None
         for arm in config.arms:
             steps, experts, extra, cluster_N = steps_of[arm], [], {}, None
@@ -928,7 +930,7 @@ def main():
     if jax.process_index() == 0:
         report_all(config, metrics_file.rows(), steps_of)
         if shown:
-            report.draw_clusters(*shown, os.path.join(config.workdir, "clusters.png"))
+            report.draw(report.draw_clusters, *shown, os.path.join(config.workdir, "clusters.png"))
         if config.pixel_probe:
             got = probe.linear_metrics(*(pixels(p, b) for p in (pool, test_pool)), n_classes)
             print("\nlinear probe on pixels:", ", ".join(f"{k} {v:.3f}" for k, v in got.items()
@@ -938,18 +940,19 @@ def main():
 def report_all(config, rows, steps_of):
     """summary.json of the linear probe at the end; curves.png of the nearest neighbours on the way,
     where an arm's curve begins with its base's; the tables."""
-    rows = [{k: v for k, v in r.items() if k != "setup_seconds"} for r in rows]  # there is none
+    rows = [{k: v for k, v in r.items() if k != "setup_seconds"}  # there is none
+            for r in report.of_this_command(rows, config.seeds)]
     shared = dict(script="dnc", arms=config.arms,
                   dataset=run.dataset_name(config.dataset))
     summary = report.summarise(rows, metric="linear_probe", **shared)
     report.write_json(os.path.join(config.workdir, "summary.json"), summary)
     curve = [{**r, "arm": arm} for arm in config.arms for r in rows
              if r["arm"] == arm or (r["arm"] == "base" and steps_of[arm]["distil"])]
-    report.curves(curve, report.summarise(curve, metric="knn", **shared),
-                  os.path.join(config.workdir, "curves.png"))
     measures = ("linear_probe", "balanced_accuracy", "head", "middle", "tail", "knn", "nmi")
     print(report.table(summary), report.finals(summary, measures), report.bill(summary),
-          batches_seen(rows), sep="\n\n")
+          batches_seen(rows), sep="\n\n", flush=True)
+    report.draw(report.curves, curve, report.summarise(curve, metric="knn", **shared),
+                os.path.join(config.workdir, "curves.png"))
     if config.dataset == "toy":
         print("\ntoy is too small, and its clusters follow the grounds, not the classes: a check "
               "that all stages run,\nno evidence for DnC or against it")

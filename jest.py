@@ -674,11 +674,11 @@ def sampler_flops(kind, b, B, n_chunks, embed):
 
 
 def evaluate(params, forwards, pool, batch_size, class_tokens):
-    """Retrieval recall at 1, 5 and 10, both ways and their mean; with labels, the accuracy of the
-    nearest class prompt. `forwards`: `make_forwards(model)`; class_tokens [classes, T] or None."""
+    """Retrieval recall at 1, 5 and 10, both ways and their mean, each with its chance level; with
+    labels, the accuracy of the nearest class prompt. `forwards`: `make_forwards(model)`; class_tokens [classes, T] or None."""
     parts = [got for got, _ in stage.forward_all(params, forwards[0], pool, batch_size)]
     got = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    metrics = retrieval.recalls(got["image"], got["text"], got["tokens"], ks=(1, 5, 10))
+    metrics = retrieval.recalls(got["image"], got["text"], got["caption_hash"], ks=(1, 5, 10))
     if class_tokens is not None:
         n = len(class_tokens)
         padded = np.pad(class_tokens, ((0, -n % jax.device_count()), (0, 0)))
@@ -888,12 +888,17 @@ def main():
     devices.start(config.coordinator, config.num_processes, config.process_id)
     check(config, typed)
     encode, vocab = data.tokenizer(config.tokenizer or "bytes")
-    open_split = lambda dataset, split: data.open_source(
-        dataset, split, data_dir=config.data_dir, image_size=config.image_size,
-        context=config.context, encode=encode, need=("caption",), toy_knobs=run.toy_knobs(config))
-    source, test_source = (open_split(config.dataset, split)
-                           for split in (config.split, config.eval_split))
-    curated_source = config.reference_dataset and open_split(config.reference_dataset, "train")
+    open_split = lambda flag, split, split_flag: data.open_source(
+        config[flag], split, data_dir=config.data_dir, image_size=config.image_size,
+        context=config.context, encode=encode, need=("caption",), toy_knobs=run.toy_knobs(config),
+        flags=(flag, split_flag))
+    source, test_source = (open_split("dataset", config[flag], flag)
+                           for flag in ("split", "eval_split"))
+    curated_source = config.reference_dataset and open_split("reference_dataset", "train", "split")
+    if any(split_arm(arm)[0] != "uniform" for arm in config.arms):
+        n_curated = 0 if curated_source else round(config.curated_fraction * len(source.ids))
+        data.check_batch(source.ids[n_curated:], super_batch_size(config),
+                         f"--filter_ratio={config.filter_ratio}")
     model = build_model(config, config.model, source, vocab)
     reference_model = build_model(config, config.reference_model or config.model, source, vocab)
     if curated_source and curated_source.image_shape != source.image_shape:
@@ -911,20 +916,23 @@ def main():
     forwards = {m: make_forwards(m) for m in (model, reference_model)}
     class_tokens = None
     if test_source.class_names and "label" in test_source.read(test_source.ids[:1]):
-        class_tokens = np.stack([data.tokenize(config.prompt.format(name), config.context, encode)
+        class_tokens = np.stack([data.tokenize(config.prompt.replace("{}", name), config.context, encode)
                                  for name in test_source.class_names])
     b, B, F_reference = config.batch_size, super_batch_size(config), forward_flops(reference_model)
     made = {arm: make_arm(arm, config, model, reference_model)
             for arm in ("reference", *config.arms)}
     cost = functools.partial(arm_cost, config=config, model=model, reference_model=reference_model)
 
-    def load(pool, seed, start, stop_at, n, given):
-        """Sharded batches of n pairs, with what the reference said of them."""
+    def load(pool, seed, start, stop_at, n, given, selects):
+        """Sharded batches of n pairs, with what the reference said of them. If the step selects
+        from them, no pair may be in a batch twice."""
         for batch in data.batches(pool, seed=seed, batch_size=n, start=start, stop=stop_at,
-                                  host=devices.host()):
+                                  host=devices.host(), wrap=not selects,
+                                  flags=f"--filter_ratio={config.filter_ratio}"):
             rows = np.searchsorted(pool.ids, batch["id"])
             batch |= {f"reference_{k}": v[rows] for k, v in (given or {}).items()}
-            yield devices.shard({k: v for k, v in batch.items() if k not in ("id", "label")})
+            yield devices.shard({k: v for k, v in batch.items()
+                                 if k not in ("id", "label", "caption_hash")})
 
     def train(name, seed, pool, state, key, model, *, per_step, n_scored=b, given=None, look=None,
               **rest):
@@ -935,7 +943,8 @@ def main():
             return metrics | (look(state)[0] if look else {})
         return stage.fit(
             name, seed, made[name].step, state, key,
-            lambda start: load(pool, seed, start, made[name].steps, n_scored, given),
+            lambda start: load(pool, seed, start, made[name].steps, n_scored, given,
+                               selects=look is not None),
             steps=made[name].steps, batch_size=b, n_scored=n_scored, per_step=per_step,
             config=config, stop=stop, metrics_file=metrics_file, metrics_of=metrics_of, **rest)
 
@@ -947,13 +956,13 @@ def main():
                   setup_seconds=0.0, per_step={"reference_training": 3 * b * F_reference})
             where = os.path.join(config.workdir, "checkpoints", f"reference-{seed}")
         else:
-            where = config.reference.format(seed=seed)
+            where = run.for_seed(config.reference, seed)
         params, books = checkpoint.restore_params(where, like, "reference")
         flops, seconds, given = {"reference_training": books["flops"]}, books["seconds"], None
         if config.reference_scores == "cached":
-            path = config.score_cache or os.path.join(config.workdir, "embeddings-{seed}.npz")
-            given, took = embed_pool(params, pool, forwards[reference_model][0], b,
-                                     path.format(seed=seed))
+            path = (run.for_seed(config.score_cache, seed) if config.score_cache else
+                    os.path.join(config.workdir, f"embeddings-{seed}.npz"))
+            given, took = embed_pool(params, pool, forwards[reference_model][0], b, path)
             flops["reference_scoring"] = len(pool) * F_reference
             seconds += took
         return params, given, flops, seconds
@@ -980,7 +989,7 @@ def main():
                 state["reference"] = logit_scale_and_bias(params) if given else params
             if method != "uniform":
                 pool, n = rest, B  # the curated part is the reference's; uniform has the whole pool
-                batch = next(load(pool, seed, made[arm].steps, made[arm].steps + 1, B, given))
+                batch = next(load(pool, seed, made[arm].steps, made[arm].steps + 1, B, given, True))
                 look = lambda state, batch=batch, arm=arm: jax.device_get(made[arm].look(
                     state, key_steps, batch))
             state = train(arm, seed, pool, state, key_steps, model, n_scored=n, given=given,
@@ -993,7 +1002,7 @@ def main():
 
     if jax.process_index() == 0:
         report.conclude(metrics_file.rows(), config.workdir, picks=shown, script="jest",
-                        arms=config.arms, metric="recall@10",
+                        arms=config.arms, seeds=config.seeds, metric="recall@10",
                         dataset=run.dataset_name(config.dataset))
         print("", iteration_cost(config.arms, cost), sep="\n")
 

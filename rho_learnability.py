@@ -3,7 +3,7 @@
 Algorithm 1. A large learner L, a small online proxy o, a small frozen reference r; per step
   1. draw a super-batch of B = ratio * b examples (in epochs; the paper: i.i.d.)  `data.batches`
   2. score each: learnability = l_act(x | o) - l_act(x | r)          `score_super_batch`, `score`
-  3. draw b of them without replacement with probability softmax(score / T)       `select`
+  3. draw b of them without replacement with probability softmax(gain * score)    `select`
   4. update L on the sub-batch with its own loss, no importance weights           `update`
   5. update o on the same sub-batch, likewise                                     `update`
 The learner never scores and the proxy never trains on what was not picked, so that scoring costs
@@ -21,7 +21,7 @@ README's measurements:    python rho_learnability.py --preset=fashion_mnist, or 
 The paper's model sizes:  python rho_learnability.py --preset=classact_L, or activeclip_B (generated
                           images and a short schedule: give --dataset and --steps)
 
-Where the paper is silent there is a flag (sampling, temperature, scored view, staleness); where we
+Where the paper is silent there is a flag (sampling, score gain, scored view, staleness); where we
 differ: README, "Where we differ from the paper, or it is silent".
 """
 
@@ -46,31 +46,31 @@ PRESETS = {
     # minutes on two CPU cores
     "toy": dict(
         label_noise=0.4, caption_noise=0.4, learner="64/2/256/4", proxy="mu", ratio=4.0,
-        temperature=0.5, reference="held_out", held_out_fraction=0.25, reference_noise=0.0,
+        score_gain=2.0, reference="held_out", held_out_fraction=0.25, reference_noise=0.0,
         steps=400, reference_steps=800, learning_rate=2e-3, proxy_learning_rate=4e-3,
         reference_learning_rate=4e-3),
     # the README's tables
     "fashion_mnist": dict(
         dataset="fashion_mnist", label_noise=0.4, patch=7, learner="96/4/384/4",
-        proxy="32/2/128/2", ratio=5.0, temperature=0.5, reference="held_out",
+        proxy="32/2/128/2", ratio=5.0, score_gain=2.0, reference="held_out",
         held_out_fraction=0.2, reference_noise=0.0, reference_steps=1000, steps=600,
         active_steps=320, eval_every=30, learning_rate=2e-3, proxy_learning_rate=4e-3,
         reference_learning_rate=4e-3),
     "emoji": dict(
         dataset="emoji", task="image_text", contrastive_loss="softmax", caption_noise=0.5,
         image_size=32, patch=8, context=24, learner="64/2/256/4", proxy="mu", ratio=4.0,
-        temperature=0.1, reference="held_out", held_out_fraction=0.33, reference_noise=0.0,
+        score_gain=10.0, reference="held_out", held_out_fraction=0.33, reference_noise=0.0,
         steps=800, active_steps=400, reference_steps=800, eval_every=50, learning_rate=1e-3,
         proxy_learning_rate=4e-3, reference_learning_rate=4e-3),
     # the paper's model sizes, on generated images: give --dataset for real ones
     "classact_L": dict(
         image_size=224, toy_examples=4096, learner="L", proxy="Ti", patch=16, pool="gap",
-        dtype="bfloat16", ratio=2.0, temperature=1.0, sampling="gumbel", steps=1000,
+        dtype="bfloat16", ratio=2.0, score_gain=1.0, sampling="gumbel", steps=1000,
         batch_size=256, reference_scores="computed", reference_steps=100),
     "activeclip_B": dict(
         task="image_text", contrastive_loss="softmax", image_size=224, toy_examples=4096,
         learner="B", proxy="Ti", patch=16, pool="map", embed=512, dtype="bfloat16", ratio=2.0,
-        temperature=1.0, sampling="gumbel", steps=1000, batch_size=256,
+        score_gain=1.0, sampling="gumbel", steps=1000, batch_size=256,
         reference_scores="computed", reference_steps=100),
 }
 
@@ -83,8 +83,9 @@ def define_flags():
     f.DEFINE_list("arms", ["uniform", "learnability"], f"of {', '.join(ARMS)}; the first is the "
                   "baseline")
     f.DEFINE_float("ratio", 2.0, "B/b: super-batch over sub-batch (paper: 2 throughout)")
-    f.DEFINE_float("temperature", 1.0, "T of softmax(score / T) (paper: none printed). Scores "
-                   "of image_text differ by 2 or less: there 1 hardly selects")
+    f.DEFINE_float("score_gain", 1.0, "examples are drawn from softmax(score_gain * score): "
+                   "1 / temperature (the paper prints none). The scores of image_text differ by "
+                   "2 or less, so that a gain of 1 hardly selects there")
     f.DEFINE_enum("sampling", "gumbel", ["gumbel", "replacement", "topk"], "'gumbel': without "
                   "replacement; 'replacement'; 'topk': the b highest scores (rho_loss: always)")
     f.DEFINE_enum("score_view", "clean", ["clean", "train"], "the view that is scored: the plain "
@@ -194,18 +195,19 @@ def score(kind, online_B, reference_B):
             "hard_learner": lambda: online_B}[kind]()
 
 
-def select(key, score_B, n, temperature=1.0, sampling="gumbel"):
-    """Indices [n] into the super-batch, in rising order, so that ratio 1 is the uniform run. Want
-    n <= B and the same key on every device.
+def select(key, score_B, n, score_gain=1.0, sampling="gumbel"):
+    """Indices [n] into the super-batch. They are sorted, so that with ratio 1 the sub-batch is the
+    super-batch unchanged. Requires n <= B, and the same key on every device.
 
-    'gumbel': n without replacement, each draw with probability softmax(score / T) over those left:
-    the n largest of score / T + Gumbel noise. 'replacement': n independent draws. 'topk': T -> 0.
-    A score that is not a number is never preferred (top_k would put it first).
+    'gumbel' draws n without replacement. Each draw has the probabilities softmax(gain * score) over
+    those that are left. Taking the n largest of gain * score + Gumbel noise does exactly that.
+    'replacement' makes n independent draws. 'topk' takes the n highest scores, which is the limit
+    of large gains. A score that is NaN is picked last, where top_k would pick it first.
     """
     if sampling not in ("gumbel", "replacement", "topk"):
         raise ValueError(f"sampling {sampling!r}: want 'gumbel', 'replacement' or 'topk'")
     # float32: Gumbel noise in bfloat16 takes few values, and ties
-    logit_B = jnp.nan_to_num(score_B.astype(jnp.float32), nan=-jnp.inf) / temperature
+    logit_B = score_gain * jnp.nan_to_num(score_B.astype(jnp.float32), nan=-jnp.inf)
     if sampling == "replacement":
         return jnp.sort(jax.random.categorical(key, logit_B, shape=(n,)))
     if sampling == "gumbel":
@@ -324,7 +326,7 @@ def score_super_batch(state, index, batch_N, *, arm, learner, proxy, optimisers,
 
 
 def algorithm_1(state, index, key, batch_N, *, arm, n_select, learner, proxy, optimisers,
-                smoothing=0.1, proxy_smoothing=0.0, temperature=1.0, sampling="gumbel", staleness=0,
+                smoothing=0.1, proxy_smoothing=0.0, score_gain=1.0, sampling="gumbel", staleness=0,
                 score_view="clean", view="none"):
     """(state, metrics) after step `index` (from 0), inside `pmap`.
 
@@ -350,7 +352,7 @@ def algorithm_1(state, index, key, batch_N, *, arm, n_select, learner, proxy, op
         state, score_B = score_super_batch(
             state, index, batch_N, arm=arm, learner=learner, proxy=proxy, optimisers=optimisers,
             proxy_smoothing=proxy_smoothing, staleness=staleness)
-        pick_S = select(key_select, score_B, n_select, temperature,
+        pick_S = select(key_select, score_B, n_select, score_gain,
                         "topk" if arm == "rho_loss" else sampling)
         batch_S = {k: devices.take(v, pick_S) for k, v in batch_N.items()}
         metrics = {"score_pool": score_B.mean(), "score_pool_sd": score_B.std(),
@@ -408,7 +410,7 @@ def evaluate(params, forward, pool, batch_size, model):
     if model.loss == "cross_entropy":
         return {"accuracy": float((out.argmax(1) == got["label"]).mean()),
                 "eval_loss": float(np.mean(actor_loss(out, got)))}
-    return retrieval.recalls(*out, got["tokens"], ks=(1, 10))
+    return retrieval.recalls(*out, got["caption_hash"], ks=(1, 10))
 
 
 def make_forward(model):
@@ -446,7 +448,7 @@ def choose(arm, seed, index, pool, state, losses, config, learner, proxy, optimi
         _, score_B = score_super_batch(state, index, batch_N, arm=arm, learner=learner, proxy=proxy,
                                        optimisers=optimisers, staleness=config.staleness,
                                        proxy_smoothing=config.proxy_label_smoothing)
-        return score_B, select(key, score_B, config.batch_size, config.temperature,
+        return score_B, select(key, score_B, config.batch_size, config.score_gain,
                                "topk" if arm == "rho_loss" else config.sampling)
     batch = {k: v for k, v in batch.items() if k in ("image", "label", "tokens", "reference_loss")}
     score_B, pick_S = jax.device_get(devices.pmap(pick, (None, None, 0))(
@@ -466,7 +468,8 @@ def check(config, typed=()):
             raise ValueError(f"--arms: {arm!r} is none of {', '.join(ARMS)}")
     want(config.arms and len(set(config.arms)) == len(config.arms), "arms", "each arm once")
     want(config.ratio >= 1, "ratio", "at least 1 (the super-batch holds the sub-batch)")
-    want(config.temperature > 0, "temperature", "more than 0 (for T -> 0 there is --sampling=topk)")
+    want(0 < config.score_gain < float("inf"), "score_gain",
+         "a number above 0 (for the limit of large gains there is --sampling=topk)")
     for flag in ("steps", "batch_size", "patch", "embed"):
         want(config[flag] >= 1, flag, "at least 1")
     for flag in ("staleness", "reference_steps", "active_steps", "proxy_learning_rate",
@@ -554,7 +557,7 @@ def make_step(arm, config, learner, proxy, steps, learning_rate, smoothing):
     step = functools.partial(
         algorithm_1, arm=arm, n_select=config.batch_size, learner=learner, proxy=proxy,
         optimisers=optimisers, smoothing=smoothing, proxy_smoothing=config.proxy_label_smoothing,
-        temperature=config.temperature, sampling=config.sampling, staleness=config.staleness,
+        score_gain=config.score_gain, sampling=config.sampling, staleness=config.staleness,
         score_view=config.score_view, view=config.augment)
     return devices.Program(step, (None, None, None, 0), donate=True), optimisers
 
@@ -567,11 +570,18 @@ def main():
     source, test_source = (data.open_source(
         config.dataset, split, data_dir=config.data_dir, image_size=config.image_size,
         context=config.context if text else 0, need=("caption",) if text else ("label",),
-        toy_knobs=run.toy_knobs(config)) for split in (config.split, config.eval_split))
+        toy_knobs=run.toy_knobs(config), flags=("dataset", flag))
+        for flag, split in (("split", config.split), ("eval_split", config.eval_split)))
+    n_held_out = round(config.held_out_fraction * len(source.ids))
+    data.check_batch(source.ids[n_held_out if config.reference == "held_out" else 0:],
+                     round(config.ratio * config.batch_size) if set(config.arms) != {"uniform"}
+                     else config.batch_size, f"--ratio={config.ratio:g}")
     learner, proxy = build_models(config, source)
     like = jax.eval_shape(lambda: init(jax.random.key(0), proxy))
     stage.check_given(config, like, trains=("in_domain", "held_out", "online"))
     run.open_workdir(config)
+    for part, flag in ((source, "split"), (test_source, "eval_split")) if text else ():
+        data.count_captions(part, data.byte_ids, config.context, f"--{flag}={config[flag]}")
     metrics_file = report.MetricsFile(os.path.join(config.workdir, "metrics.jsonl"))
     stop, forwards = run.Stop(), {m: make_forward(m) for m in (learner, proxy)}
     test_pool = data.Pool(test_source)
@@ -592,7 +602,8 @@ def main():
         """One stage or arm: loads its batches, cached reference losses among them, and fits."""
         def load(start):
             for batch in data.batches(pool, seed=seed, batch_size=n_scored, start=start,
-                                      stop=steps[name], host=devices.host()):
+                                      stop=steps[name], host=devices.host(), wrap=n_scored == b,
+                                      flags=f"--ratio={config.ratio:g}"):
                 if losses is not None:
                     batch["reference_loss"] = losses[np.searchsorted(pool.ids, batch["id"])]
                 yield devices.shard({k: batch[k] for k in fields if k in batch})
@@ -614,12 +625,13 @@ def main():
                   per_step={"reference_training": 3 * b * F_p})
             where = os.path.join(config.workdir, "checkpoints", f"reference-{seed}")
         else:
-            where = config.reference.format(seed=seed)
+            where = run.for_seed(config.reference, seed)
         params, books = checkpoint.restore_params(where, like, "reference")
         flops, seconds, losses = {"reference_training": books["flops"]}, books["seconds"], None
         if config.reference_scores == "cached":
-            path = config.score_cache or os.path.join(config.workdir, "scores-{seed}.npz")
-            losses, took = score_pool(params, pool, forwards[proxy], b, path.format(seed=seed))
+            path = (run.for_seed(config.score_cache, seed) if config.score_cache else
+                    os.path.join(config.workdir, f"scores-{seed}.npz"))
+            losses, took = score_pool(params, pool, forwards[proxy], b, path)
             flops["reference_scoring"], seconds = len(pool) * F_p, seconds + took
         return params, losses, flops, seconds
 
@@ -653,7 +665,7 @@ def main():
     picks = shown and choose(*shown, config, learner, proxy, programs[shown[0]][1], B)
     if jax.process_index() == 0:
         report.conclude(metrics_file.rows(), config.workdir, picks=picks, arms=config.arms,
-                        script="rho_learnability", dataset=run.dataset_name(config.dataset),
+                        seeds=config.seeds, script="rho_learnability", dataset=run.dataset_name(config.dataset),
                         metric="recall@10" if text else "accuracy")
 
 

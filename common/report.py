@@ -22,6 +22,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
+from absl import logging
 import numpy as np
 
 BOOKKEEPING = ("arm", "seed", "step", "examples_trained", "examples_scored", "seconds",
@@ -256,6 +257,11 @@ def table(summary: dict) -> str:
     lines.insert(1, ["-" * w for w in widths])
     text = ["  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:]))])
             for name, *cells in lines] + [""]
+    name, _, k = metric.partition("@")
+    chance = [a["final"][f"chance@{k}"]["mean"] for a in arms.values()
+              if name == "recall" and f"chance@{k}" in a["final"]]
+    if chance:  # a recall says nothing without it: of ten pairs any ranking has a recall@10 of 1
+        text.append(f"a random ranking has a {metric} of {chance[0]:.3f}")
     for arm, s in summary["speedup"].items():
         text.append(_speedup_line(arm, next(iter(arms)), s))
     for arm, a in arms.items():
@@ -285,17 +291,44 @@ def bill(summary: dict) -> str:
     return _columns(lines)
 
 
-def conclude(rows, workdir, *, picks=None, **of):
-    """Leaves summary.json, curves.png and, if there are `picks` (arguments of `draw_picks`),
-    picks.png, and prints the tables. `of`: arguments of `summarise`; the rows of the stage
-    'reference' are no arm's."""
-    rows = [r for r in rows if r["arm"] != "reference"]
+def conclude(rows, workdir, *, seeds, picks=None, **of):
+    """Leaves summary.json, prints the tables, then draws curves.png and, if there are `picks`
+    (arguments of `draw_picks`), picks.png.
+
+    Only the seeds of this command are reported (see `of_this_command`). `of`: arguments of
+    `summarise`. The rows of the stage 'reference' are no arm's.
+    """
+    rows = of_this_command([r for r in rows if r["arm"] != "reference"], seeds)
     summary = summarise(rows, **of)
     write_json(os.path.join(workdir, "summary.json"), summary)
-    curves(rows, summary, os.path.join(workdir, "curves.png"))
+    print(table(summary), bill(summary), sep="\n\n", flush=True)
+    draw(curves, rows, summary, os.path.join(workdir, "curves.png"))
     if picks:
-        draw_picks(rows, path=os.path.join(workdir, "picks.png"), **picks)
-    print(table(summary), bill(summary), sep="\n\n")
+        draw(draw_picks, rows, path=os.path.join(workdir, "picks.png"), **picks)
+
+
+def of_this_command(rows, seeds):
+    """The rows of these seeds, all of which are trained to the end when a command reports.
+
+    A work directory can hold other seeds, of a command that was stopped. How far they came is not
+    what a finished run comes to, so they are left out of every mean, and named.
+    """
+    others = sorted({r["seed"] for r in rows} - set(seeds))
+    if others:
+        logging.warning("left out: rows of seeds %s, which are not in --seeds=%s; name them there "
+                        "to finish and to report them", ",".join(map(str, others)),
+                        ",".join(map(str, seeds)))
+    return [r for r in rows if r["seed"] in seeds]
+
+
+def draw(picture, *args, **kwargs):
+    """picture(*args, **kwargs). If it cannot be drawn the run ends well all the same, with a line
+    that says why: the numbers are there already."""
+    try:
+        picture(*args, **kwargs)
+    except Exception as e:  # matplotlib, fonts and full disks have many types
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        logging.warning("%s could not be drawn: %s", picture.__name__, why)
 
 
 def finals(summary: dict, metrics) -> str:
@@ -374,7 +407,7 @@ def curves(rows, summary: dict, path):
     n_seeds = f"{n[0]} to {n[-1]}" if len(n) > 1 else f"{n[0]}"
     n_seeds += " seed" if n == [1] else " seeds (mean and sd)"
     title = f"{summary['script']} on {summary['dataset']}, {n_seeds}"
-    fig.suptitle(title, x=0.065, y=0.975, ha="left", fontsize=14)
+    fig.suptitle(title, x=0.065, y=0.975, ha="left", fontsize=14, parse_math=False)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="upper left", ncols=len(arms),
                bbox_to_anchor=(0.065, 0.905), borderpad=0, borderaxespad=0, frameon=False,
                fontsize=12, handlelength=1.5, columnspacing=1.6)
@@ -436,7 +469,8 @@ def draw_picks(rows, ids, score_B, pick_S, *, pool, arm, path, columns=12):
             says = pool.source.describe(donor)
             ax.set_title(f"{score_B[k]:+.2f}", fontsize=9)
             ax.set_xlabel(textwrap.fill(says if len(says) < 34 else says[:31] + "...", 17),
-                          fontsize=8, color="#D55E00" if noisy else "black")
+                          fontsize=8, color="#D55E00" if noisy else "black",
+                          parse_math=False)  # a caption with two $ in it is not a formula
             for spine in ax.spines.values():
                 spine.set(color="#D55E00" if noisy else "black", linewidth=2.5 if noisy else 0.6)
             if c == 0:

@@ -4,6 +4,7 @@ Flags are defined here for the three scripts alike; a script adds its own and re
 """
 
 import collections
+import fcntl
 import json
 import logging as py_logging
 import os
@@ -22,8 +23,13 @@ import tqdm
 from common import report
 
 # flags that may differ when a work directory is taken up again: they change no number in it
+PATHS = {"dataset", "data_dir", "workdir", "reference", "reference_dataset", "score_cache",
+         "assignment", "tokenizer"}  # flags that are, or may be, a path
 FREE = ("workdir", "arms", "seeds", "checkpoint_every", "coordinator", "num_processes",
         "process_id", "data_dir")
+
+
+LOCKS = {}  # work directory -> its lock file, open until the process ends
 
 
 def define_flags(script):
@@ -121,15 +127,27 @@ def resolve(presets):
         seeds = [int(s) for s in config.seeds]
     except ValueError:
         seeds = []
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+    # jax.random.key takes 32 bits: seeds that differ by 2^32 would be the same run twice
+    if not seeds or min(seeds) < 0 or max(seeds) >= 2**32 or len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds={','.join(config.seeds)}: want a comma list of different "
-                         "numbers from 0 up")
+                         f"whole numbers from 0 to {2**32 - 1}")
     config.seeds = seeds
+    several = [f"--{k}={config[k]}" for k in ("num_processes", "process_id")
+               if config[k] is not None]
+    if several and config.coordinator is None:
+        raise ValueError(f"{' '.join(several)}: give --coordinator=address:port of process 0 too")
+    for name in PATHS & config.keys():  # the shell leaves --workdir=~/x as it is
+        config[name] = config[name] and os.path.expanduser(config[name])
     for name in ("label_noise", "caption_noise"):
         want(config, 0 <= config[name] <= 1, name, "a fraction from 0 to 1")
     for name, least in (("eval_every", 1), ("checkpoint_every", 0), ("image_size", 0)):
         want(config, config[name] >= least, name, f"at least {least}")
     return config, typed
+
+
+def for_seed(path, seed):
+    """The path with '{seed}' filled in, and no other braces."""
+    return path.replace("{seed}", str(seed))
 
 
 def want(config, ok, flag, what):
@@ -152,7 +170,14 @@ def open_workdir(config):
     path, script = os.path.join(config.workdir, "config.json"), os.path.basename(sys.argv[0])
     mine = {k: v for k, v in config.items() if k not in FREE}
     if os.path.exists(path):
-        old = json.load(open(path))
+        try:
+            with open(path) as f:
+                old = json.load(f)
+            old["flags"].items()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"--workdir={config.workdir}: its config.json cannot be read, so that "
+                             "what the rest was made with is unknown: name another --workdir, or "
+                             "delete this one") from None
         if old.get("script", script) != script:
             raise ValueError(f"--workdir={config.workdir} belongs to a run of {old['script']}: "
                              "name another --workdir")
@@ -165,6 +190,7 @@ def open_workdir(config):
     if jax.process_index() == 0:
         try:
             os.makedirs(config.workdir, exist_ok=True)
+            lock(config.workdir)
         except OSError as e:
             raise ValueError(f"--workdir={config.workdir}: {e.strerror}") from None
         report.write_json(path, {
@@ -173,6 +199,30 @@ def open_workdir(config):
             "jax": jax.__version__, "commit": commit(), "machine": platform.machine(),
             "hosts": jax.process_count(),
             "devices": [str(d.device_kind) for d in jax.devices()]})
+
+
+def lock(workdir):
+    """Refuses a work directory that another process writes to. The system drops the lock when this
+    process ends, however it ends.
+
+    Raises: ValueError naming the process that holds it.
+    """
+    if os.path.abspath(workdir) in LOCKS:
+        return
+    file = open(os.path.join(workdir, "lock"), "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(f"--workdir={workdir} is in use by {file.read().strip()}: wait for it, or "
+                         "name another --workdir") from None
+    except OSError as e:  # not every file system has locks
+        logging.warning("--workdir=%s cannot be locked (%s): start no second run in it", workdir,
+                        e.strerror)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on host {platform.node()}\n")
+    file.flush()
+    LOCKS[os.path.abspath(workdir)] = file  # closing the file would drop the lock
 
 
 def commit():

@@ -81,7 +81,7 @@ def forward_all(params, forward, pool, batch_size):
     `forward(params, sharded batch)` is a devices.Program that returns its rows gathered, 'valid'
     among them."""
     for batch in data.sweep(pool, batch_size, devices.host()):
-        batch = devices.shard({k: batch[k] for k in ("image", "label", "tokens", "valid")
+        batch = devices.shard({k: batch[k] for k in ("image", "label", "tokens", "caption_hash", "valid")
                                if k in batch})
         forward.compile(params, batch)
         begin = time.perf_counter()
@@ -124,10 +124,10 @@ def check_given(config, like, trains):
     Raises: ValueError naming the flag if one is missing, damaged, or does not fit.
     """
     for seed in config.seeds:
-        made_by, cache = {}, (config.score_cache or "").format(seed=seed)
+        made_by, cache = {}, run.for_seed(config.score_cache or "", seed)
         if config.reference not in trains:
             made_by["weights"] = digest(checkpoint.restore_params(
-                config.reference.format(seed=seed), like, "reference")[0])
+                run.for_seed(config.reference, seed), like, "reference")[0])
         if os.path.exists(cache):
             read_cache(cache, made_by)
 

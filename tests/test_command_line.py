@@ -23,7 +23,7 @@ from processes import (ROOT, Command, assert_close, assert_refused, gut, has_row
                        trained, without_clocks)
 
 MODEL = ("--learner=16/1/32/2", "--proxy=8/1/16/1", "--patch=16")
-METHOD = ("--ratio=2", "--temperature=1", "--reference=in_domain", "--reference_steps=0",
+METHOD = ("--ratio=2", "--score_gain=1", "--reference=in_domain", "--reference_steps=0",
           "--learning_rate=1e-3")  # spelled out, so that another preset changes nothing here
 TINY = ("--toy_examples=600", "--steps=9", "--batch_size=8", "--eval_every=3", "--staleness=2",
         *METHOD, *MODEL)  # staleness: so that old weights too must come back after a kill
@@ -71,7 +71,7 @@ def test_a_run_leaves_what_the_interface_says(finished):
 
     config = json.loads((workdir / "config.json").read_text())
     assert config["flags"]["steps"] == 9 and config["flags"]["label_noise"] == 0.4  # the preset's
-    assert config["flags"]["seeds"] == [0] and config["flags"]["temperature"] == 1.0
+    assert config["flags"]["seeds"] == [0] and config["flags"]["score_gain"] == 1.0
     assert {"python", "jax", "commit", "devices"} <= config.keys() and len(config["devices"]) == 1
 
     got = rows(workdir)
@@ -290,9 +290,10 @@ REFUSED = {  # flags, then what the line must name: the flag or file, and the me
                     r"split.*train\[5:5\]", "no example"),
     "devices do not divide b": (["--batch_size=6"], "--batch_size=6", "4 devices", "multiple of 4"),
     "devices do not divide B": (["--ratio=1.25"], "ratio", "4 devices", "multiple of 4"),
+    "pool smaller than a super-batch": (["--toy_examples=7"], "--ratio=2", "16 examples", "only 7"),
     "ratio below 1": (["--ratio=0.5"], "--ratio=0.5", "at least 1"),
     "part of an example": (["--ratio=1.2"], "--ratio=1.2", "batch_size", "whole"),
-    "temperature 0": (["--temperature=0"], "--temperature=0", "more than 0", "--sampling=topk"),
+    "no gain": (["--score_gain=0"], "--score_gain=0", "above 0", "--sampling=topk"),
     "proxy learning rate": (["--proxy_learning_rate=-1"], "--proxy_learning_rate=-1", "at least 0"),
     "weight decay": (["--weight_decay=-1"], "--weight_decay=-1", "at least 0"),
     "patch": (["--patch=12"], "--patch=12", "32"),
@@ -460,9 +461,9 @@ def test_a_bad_flag_on_one_host_ends_both(command, prepared, tmp_path):
     """The host that refuses says why; the other does not wait for it for minutes."""
     flags = (*FEW, f"--dataset={prepared['labelled']}", "--image_size=16",
              f"--workdir={tmp_path / 'run'}")
-    hosts = start_two(command, flags, ((), ("--temperature=0",)))
+    hosts = start_two(command, flags, ((), ("--score_gain=0",)))
     begin = time.monotonic()
-    assert_refused(hosts[1].finish(60), "--temperature=0")
+    assert_refused(hosts[1].finish(60), "--score_gain=0")
     hosts[0].finish(90)
     assert hosts[0].code != 0 and time.monotonic() - begin < 90
     assert not rows(tmp_path / "run")

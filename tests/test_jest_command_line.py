@@ -183,6 +183,7 @@ REFUSED = {
     "f of 1": (["--filter_ratio=1"], "--filter_ratio=1", r"\[0, 1\)"),
     "f below 0": (["--filter_ratio=-0.1"], "--filter_ratio", r"\[0, 1\)"),
     "part of an example": (["--filter_ratio=0.7"], "--filter_ratio=0.7", "whole"),
+    "pool smaller than a super-batch": (["--toy_examples=12"], "--filter_ratio", "smaller"),
     "gain of 0": (["--score_gain=0"], "--score_gain=0", "more than 0"),
     "chunks above the quota": (["--n_chunks=9"], "--n_chunks=9", "8"),
     "patch": (["--patch=12"], "--patch=12", "32"),

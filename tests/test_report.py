@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -315,3 +316,46 @@ def test_bill_and_finals_are_relative_to_the_first_arm():
         ["foundation_dataset", "/", "baseline", "1.000", "2.500"]]
     assert flat(report.finals(summarise(rows), ("accuracy", "nmi", "tail")))[1:] == [
         ["uniform", "0.300", "-", "-"], ["clever", "0.500", "0.250", "-"]]
+
+
+def test_a_recall_is_printed_with_its_chance_level():
+    rows = [row("uniform", 0, 10, 0.5, **{"recall@10": 1.0, "chance@10": 0.625, "chance@1": 0.125})]
+    summary = report.summarise(rows, script="jest", dataset="toy", metric="recall@10",
+                               arms=["uniform"])
+    assert "a random ranking has a recall@10 of 0.625" in report.table(summary).splitlines()
+    assert "random" not in report.table(summarise(rows))
+
+
+def test_seeds_of_another_command_enter_no_mean_and_are_named(tmp_path, caplog, capsys):
+    rows = [*curve("uniform", 0, [0.25, 0.5]), *curve("uniform", 3, [0.125])]
+    with caplog.at_level("WARNING", "absl"):
+        report.conclude(rows, tmp_path, seeds=[0], script="jest", dataset="toy", metric="accuracy",
+                        arms=["uniform"])
+    assert "0.500 +- 0.000 (1)" in capsys.readouterr().out
+    assert "seeds 3, which are not in --seeds=0" in caplog.text
+    final = json.loads((tmp_path / "summary.json").read_text())["arms"]["uniform"]["final"]
+    assert final["accuracy"] == {"mean": 0.5, "sd": 0.0, "n": 1}
+
+
+@pytest.mark.parametrize("caption", ["$$$ SALE $$$", "$x_$ \\frac{", "a" * 500, "\x07 bell", "\u05d0\u05d1"])
+def test_captions_are_drawn_as_they_are(tmp_path, caption, recwarn):
+    source = types.SimpleNamespace(describe=lambda i: caption)
+    pool = types.SimpleNamespace(
+        source=source, donor=lambda ids: ids, read=lambda ids: {
+            "image": np.zeros((len(ids), 8, 8, 3), np.uint8), "noisy": np.zeros(len(ids), bool)})
+    report.draw_picks([], np.arange(4), np.arange(4.0), np.array([1, 2]), pool=pool, arm="clever",
+                      path=tmp_path / "picks.png")
+    assert (tmp_path / "picks.png").exists()
+
+
+def test_a_picture_that_cannot_be_drawn_is_one_warning_after_the_tables(
+        tmp_path, caplog, capsys, monkeypatch):
+    def broken(*args):
+        assert "uniform" in capsys.readouterr().out  # the table is there already
+        raise RuntimeError("no font\nand many more lines")
+    monkeypatch.setattr(report, "curves", broken)
+    broken.__name__ = "curves"
+    with caplog.at_level("WARNING", "absl"):
+        report.conclude(curve("uniform", 0, [0.5]), tmp_path, seeds=[0], script="jest",
+                        dataset="toy", metric="accuracy", arms=["uniform"])
+    assert [r.getMessage() for r in caplog.records] == ["curves could not be drawn: no font"]

@@ -256,10 +256,10 @@ SCORES = np.array([0.3, -1.2, 2.0, 0.0, 1.1, -0.4], np.float32)
 DRAWS = 20_000
 
 
-def draws(scores, n, temperature=1.0, sampling="gumbel"):
+def draws(scores, n, score_gain=1.0, sampling="gumbel"):
     keys = jax.random.split(jax.random.key(5), DRAWS)
     return np.asarray(jax.jit(jax.vmap(
-        lambda key: rho.select(key, jnp.asarray(scores), n, temperature, sampling)))(keys))
+        lambda key: rho.select(key, jnp.asarray(scores), n, score_gain, sampling)))(keys))
 
 
 def assert_frequencies(counts, expected):
@@ -271,7 +271,7 @@ def assert_frequencies(counts, expected):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
 def test_gumbel_draws_sets_with_the_probabilities_of_successive_softmax_draws(temperature):
-    picks = draws(SCORES, 3, temperature)
+    picks = draws(SCORES, 3, 1 / temperature)
     inclusion = slow_rho.inclusion_probabilities(SCORES, 3, temperature)
     assert_frequencies(np.bincount(picks.ravel(), minlength=6), inclusion)
     sets = slow_rho.set_probabilities(SCORES, 3, temperature)
@@ -322,7 +322,7 @@ any_float = st.floats(width=32, allow_nan=False, min_value=-1e6, max_value=1e6)
 def test_picks_are_sorted_in_range_and_repeat_only_with_replacement(
         scores, seed, temperature, sampling, n):
     picks = np.asarray(jitted_select(
-        jax.random.key(seed), np.array(scores, np.float32), n, temperature, sampling))
+        jax.random.key(seed), np.array(scores, np.float32), n, 1 / temperature, sampling))
     assert picks.shape == (n,) and (picks >= 0).all() and (picks < 12).all()
     assert (np.diff(picks) >= (0 if sampling == "replacement" else 1)).all()
     if n == 12 and sampling != "replacement":  # ratio 1 takes the super-batch as it is
@@ -631,14 +631,14 @@ def test_make_step_gives_each_flag_to_whom_it_is_meant_for(monkeypatch):
     monkeypatch.setattr(devices, "Program", lambda fn, *_, **__: fn)
     config = run.Namespace(
         warmup=0.1, weight_decay=0.2, proxy_learning_rate=0.3, reference_learning_rate=0.4,
-        batch_size=8, proxy_label_smoothing=0.5, temperature=0.6, sampling="topk", staleness=7,
+        batch_size=8, proxy_label_smoothing=0.5, score_gain=0.6, sampling="topk", staleness=7,
         score_view="train", augment="shift")
     made, rules = rho.make_step("learnability", config, "L", "p", 9, 0.8, 0.9)
     rest = dict(warmup=0.1, weight_decay=0.2)
     assert rules == {"learner": (0.8, 9, rest), "actor": (0.3, 9, rest), "reference": (0.4, 9, rest)}
     assert made.keywords == dict(
         arm="learnability", n_select=8, learner="L", proxy="p", optimisers=rules, smoothing=0.9,
-        proxy_smoothing=0.5, temperature=0.6, sampling="topk", staleness=7, score_view="train",
+        proxy_smoothing=0.5, score_gain=0.6, sampling="topk", staleness=7, score_view="train",
         view="shift")
 
 
@@ -679,14 +679,14 @@ def test_metrics_of_planted_truths_are_counts_over_the_pool_and_the_picks():
         np.testing.assert_allclose(metrics["picked_noisy"], batch["noisy"][picks].mean(), rtol=1e-6)
 
 
-def test_a_step_obeys_its_temperature_and_its_sampling():
+def test_a_step_obeys_its_gain_and_its_sampling():
     state, proxy = start("learnability", reference="computed"), pair("cross_entropy")[1]
     repeats = 0
     for seed in range(3):
         batch = super_batch("cross_entropy", seed)
         scores = np.subtract(*(losses_of(state[role]["params"], batch, proxy)
                                for role in ("actor", "reference")))
-        _, metrics = step(program("learnability", temperature=1e-5), state, 0, batch)
+        _, metrics = step(program("learnability", score_gain=1e5), state, 0, batch)
         assert set(np.flatnonzero(picked(metrics))) == slow_rho.top_k(scores, S)
         _, metrics = step(program("learnability", sampling="replacement"), state, 0, batch)
         assert picked(metrics).sum() == S

@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 from absl import flags
 import jax
@@ -17,6 +19,7 @@ import optax
 import pytest
 
 from common import checkpoint, devices, run
+from processes import ROOT
 
 N = jax.device_count()
 
@@ -89,7 +92,7 @@ def test_presets_are_listed(resolve, capsys):
 
 
 @pytest.mark.parametrize("typed", [
-    "--preset=nonsense", "--seeds=0,x", "--seeds=1.5", "--label_noise=1.01", "--label_noise=nan",
+    "--preset=nonsense", "--seeds=0,x", "--seeds=1.5", "--seeds=1,4294967297", "--label_noise=1.01", "--label_noise=nan",
     "--caption_noise=-0.1", "--eval_every=0", "--checkpoint_every=-1", "--image_size=-1"])
 def test_bad_flags_are_refused_by_name(resolve, typed):
     with pytest.raises(ValueError) as error:
@@ -115,7 +118,7 @@ def config_for(tmp_path, **changed):
 def test_the_work_directory_says_what_made_it(tmp_path):
     config = config_for(tmp_path)
     run.open_workdir(config)
-    assert os.listdir(config.workdir) == ["config.json"]
+    assert sorted(os.listdir(config.workdir)) == ["config.json", "lock"]
     written = json.load(open(os.path.join(config.workdir, "config.json")))
     assert written["flags"] == config and written["jax"] == jax.__version__
     assert written["python"] == "%d.%d.%d" % sys.version_info[:3]
@@ -155,6 +158,46 @@ def test_a_work_directory_of_another_script(tmp_path, monkeypatch):
         run.open_workdir(config_for(tmp_path, new=2))
     message = str(error.value)
     assert "--workdir=" in message and "a run of one.py" in message and "--old" not in message
+
+
+def test_a_work_directory_in_use_is_refused_until_its_process_is_gone(tmp_path):
+    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom common import run\n"
+            f"run.lock({str(tmp_path)!r}); print('held', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"--workdir=.* in use by process {holder.pid} on host"):
+            run.lock(str(tmp_path))
+    finally:
+        holder.kill()
+        holder.wait()
+    run.lock(str(tmp_path))
+    run.lock(str(tmp_path))  # its own lock does not stop a process
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"flags": 3}', "{"])
+def test_a_config_that_cannot_be_read_is_said_in_one_line(tmp_path, text):
+    config = config_for(tmp_path)
+    os.makedirs(config.workdir)
+    Path(config.workdir, "config.json").write_text(text)
+    with pytest.raises(ValueError, match="^--workdir=.*config.json cannot be read[^\n]*$"):
+        run.open_workdir(config)
+
+
+@pytest.mark.parametrize("typed", [["--process_id=1"], ["--num_processes=2", "--process_id=1"]])
+def test_several_processes_need_a_coordinator(resolve, typed):
+    with pytest.raises(ValueError, match="--process_id=1: give --coordinator"):
+        resolve(*typed)
+
+
+def test_a_home_directory_in_a_path_is_filled_in(resolve, monkeypatch):
+    monkeypatch.setenv("HOME", "/there")
+    config, _ = resolve("--workdir=~/x", "--dataset=~/y/1.0.0")
+    assert (config.workdir, config.dataset) == ("/there/x", "/there/y/1.0.0")
+
+
+def test_only_the_seed_is_filled_into_a_path():
+    assert run.for_seed("runs/{lr}/{seed}/{}", 7) == "runs/{lr}/7/{}"
 
 
 # ---------------------------------------------------------------------------------- clock, sums

@@ -1,0 +1,117 @@
+"""How good the sub-batches of jest.py's sampler are: the chunk curve and the filter curve (fig. 2).
+
+    python jest.py --arms=jest --seeds=0,1,2 --workdir=runs/jest_alone     (trains the two models)
+    python tests/chunks.py --arms=jest --seeds=0,1,2 --workdir=runs/jest_alone
+
+Takes the flags of the run whose checkpoints it reads. The score of a sub-batch T is the sum of S
+over its pairs, divided by its size: the learner's loss minus the reference's. For each gain it is
+given relative to a uniform sub-batch (0) and to the plateau of a Gibbs sampler of the same
+distribution (1), and again with one chunk as the 0. The sampler starts from the joint draw with the
+most chunks. The two halves of the second half of its sweeps are compared, to see whether it has
+settled. The mean and the deviation are over the seeds. Not a test: nothing is asserted.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from absl import app, flags
+import jax
+import numpy as np
+
+from common import checkpoint, data, run
+import jest
+
+CHUNKS, RATIOS, GAINS = (1, 2, 4, 8, 16, 32), (0.5, 0.8, 0.9), (1.0, 10.0, 100.0)
+
+
+def gibbs(rng, S, start, n_sweeps, gain):
+    """Scores of the sub-batch after each sweep. In a sweep each member in turn is taken out, and
+    its place is drawn again by softmax(gain * what a candidate would add)."""
+    chosen, scores = list(start), []
+    free = np.ones(len(S), bool)
+    free[chosen] = False
+    added = np.diag(S) + S[:, chosen].sum(1) + S[chosen].sum(0)
+    for _ in range(n_sweeps):
+        for place, old in enumerate(chosen):
+            free[old] = True
+            added -= S[:, old] + S[old]
+            noisy = gain * added + rng.gumbel(size=len(S))
+            new = np.where(free, noisy, -np.inf).argmax()
+            free[new] = False
+            added += S[:, new] + S[new]
+            chosen[place] = new
+        scores.append(S[np.ix_(chosen, chosen)].sum() / len(chosen))
+    return scores
+
+
+def main(_):
+    F = flags.FLAGS
+    config, _ = run.resolve(jest.PRESETS)
+    encode, vocab = data.tokenizer(config.tokenizer or "bytes")
+    source = data.open_source(
+        config.dataset, config.split, data_dir=config.data_dir, image_size=config.image_size,
+        context=config.context, encode=encode, need=("caption",), toy_knobs=run.toy_knobs(config))
+    model = jest.build_model(config, config.model, source, vocab)
+    template = jax.eval_shape(lambda: jest.init(jax.random.key(0), model))
+    embed = jax.jit(jest.embed, static_argnums=2)
+    results = {}
+    for seed in config.seeds:
+        learner, reference = (checkpoint.restore_params(
+            os.path.join(config.workdir, "checkpoints", f"{name}-{seed}"), template, "workdir")[0]
+            for name in ("jest", "reference"))
+        whole = data.Pool(source, noise=config.caption_noise, field="tokens", seed=seed)
+        rest = whole.subset(data.split(whole.ids, config.curated_fraction, seed)[1])
+        largest = round(F.sub_batch / (1 - max(RATIOS)))
+        batch = rest.read(np.random.default_rng(seed).permutation(rest.ids)[:largest])
+        models = [jax.device_get(embed(params, batch, model)) for params in (learner, reference)]
+        rng = np.random.default_rng(seed)
+        for f in RATIOS:
+            B = round(F.sub_batch / (1 - f))
+            cut = [{k: v[:B] if v.ndim else v for k, v in m.items()} for m in models]
+            S = np.asarray(jest.score_matrix("learnability", *cut), np.float64)
+            score = lambda picks: S[np.ix_(picks, picks)].sum() / len(picks)
+            uniform = np.mean([score(rng.permutation(B)[:F.sub_batch]) for _ in range(20)])
+            results.setdefault(("uniform", f), []).append(uniform)
+            for gain in GAINS:
+                for first in ("self", "uniform"):
+                    for n_chunks in CHUNKS:
+                        sample = jax.jit(lambda key: jest.jointly_sample(
+                            key, *cut, F.sub_batch, n_chunks, score_gain=gain, first=first))
+                        picks = [np.asarray(sample(jax.random.key(k))) for k in range(F.draws)]
+                        results.setdefault((gain, f, first, n_chunks), []).append(
+                            np.mean([score(p) for p in picks]))
+                sweeps = gibbs(rng, S, picks[0], F.sweeps, gain)
+                third, fourth = np.mean(sweeps[-F.sweeps // 2:-F.sweeps // 4]), np.mean(
+                    sweeps[-F.sweeps // 4:])
+                results.setdefault((gain, f, "gibbs"), []).append(fourth)
+                results.setdefault((gain, f, "drift"), []).append(fourth - third)
+    show(results, config.seeds, F)
+
+
+def show(results, seeds, F):
+    stat = lambda v: f"{np.mean(v):6.2f} +- {np.std(v, ddof=1) if len(v) > 1 else 0:.2f}"
+    print(f"b = {F.sub_batch}, {len(seeds)} seeds, {F.draws} draws each, {F.sweeps} Gibbs sweeps")
+    for f in RATIOS:
+        zero = np.array(results["uniform", f])
+        for gain in GAINS:
+            plateau = np.array(results[gain, f, "gibbs"])
+            print(f"\nf = {f}, gain {gain:g}: score of a uniform sub-batch {stat(zero)}, plateau "
+                  f"{stat(plateau)}, of which the last quarter of the sweeps moved "
+                  f"{stat(results[gain, f, 'drift'])}")
+            for first in ("self", "uniform"):
+                curve = {n: np.array(results[gain, f, first, n]) for n in CHUNKS}
+                for name, base in (("uniform", zero), ("one chunk", curve[1])):
+                    if name == "one chunk" and first == "uniform":
+                        continue  # one uniform chunk is a uniform sub-batch
+                    print(f"  first chunk {first:8} 0 = {name:10}", "  ".join(
+                        f"{n}: {stat((curve[n] - base) / (plateau - base))}" for n in CHUNKS))
+
+
+if __name__ == "__main__":
+    jest.define_flags()
+    flags.DEFINE_integer("sub_batch", 256, "b")
+    flags.DEFINE_integer("draws", 4, "sub-batches that are drawn and averaged, in each setting")
+    flags.DEFINE_integer("sweeps", 40, "of the Gibbs sampler")
+    app.run(main)
