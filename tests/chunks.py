@@ -22,28 +22,9 @@ import numpy as np
 
 from common import checkpoint, data, run
 import jest
+import slow_jest
 
 CHUNKS, RATIOS, GAINS = (1, 2, 4, 8, 16, 32), (0.5, 0.8, 0.9), (1.0, 10.0, 100.0)
-
-
-def gibbs(rng, S, start, n_sweeps, gain):
-    """Scores of the sub-batch after each sweep. In a sweep each member in turn is taken out, and
-    its place is drawn again by softmax(gain * what a candidate would add)."""
-    chosen, scores = list(start), []
-    free = np.ones(len(S), bool)
-    free[chosen] = False
-    added = np.diag(S) + S[:, chosen].sum(1) + S[chosen].sum(0)
-    for _ in range(n_sweeps):
-        for place, old in enumerate(chosen):
-            free[old] = True
-            added -= S[:, old] + S[old]
-            noisy = gain * added + rng.gumbel(size=len(S))
-            new = np.where(free, noisy, -np.inf).argmax()
-            free[new] = False
-            added += S[:, new] + S[new]
-            chosen[place] = new
-        scores.append(S[np.ix_(chosen, chosen)].sum() / len(chosen))
-    return scores
 
 
 def main(_):
@@ -56,6 +37,9 @@ def main(_):
     model = jest.build_model(config, config.model, source, vocab)
     template = jax.eval_shape(lambda: jest.init(jax.random.key(0), model))
     embed = jax.jit(jest.embed, static_argnums=2)
+    sample = jax.jit(lambda key, score_gain, learner, reference, n_chunks, first: (
+        jest.jointly_sample(key, learner, reference, F.sub_batch, n_chunks, score_gain=score_gain,
+                            first=first)), static_argnums=(4, 5))
     results = {}
     for seed in config.seeds:
         learner, reference = (checkpoint.restore_params(
@@ -77,12 +61,12 @@ def main(_):
             for gain in GAINS:
                 for first in ("self", "uniform"):
                     for n_chunks in CHUNKS:
-                        sample = jax.jit(lambda key: jest.jointly_sample(
-                            key, *cut, F.sub_batch, n_chunks, score_gain=gain, first=first))
-                        picks = [np.asarray(sample(jax.random.key(k))) for k in range(F.draws)]
+                        picks = [np.asarray(sample(jax.random.key(k), gain, *cut, n_chunks, first))
+                                 for k in range(F.draws)]
                         results.setdefault((gain, f, first, n_chunks), []).append(
                             np.mean([score(p) for p in picks]))
-                sweeps = gibbs(rng, S, picks[0], F.sweeps, gain)
+                _, sweeps = slow_jest.gibbs(rng, "learnability", *cut, picks[0], F.sweeps, gain)
+                sweeps = sweeps / F.sub_batch
                 third, fourth = np.mean(sweeps[-F.sweeps // 2:-F.sweeps // 4]), np.mean(
                     sweeps[-F.sweeps // 4:])
                 results.setdefault((gain, f, "gibbs"), []).append(fourth)
