@@ -1,9 +1,9 @@
 """Vision transformer and text transformer as pure functions of nested dicts, with their FLOPs.
 
 `*_init(key, config) -> params`, `*_apply(params, x, config) -> array`, `*_flops(config) -> int`.
-Pre-norm encoder of Dosovitskiy et al. (2010.11929); the sizes are those of Zhai et al. (2106.04560)
-and, for So400m, of Alabdulmohsin et al. (2305.13035). The blocks are stacked along a leading axis
-and run by one `lax.scan`, so that compilation takes as long for 24 layers as for one.
+The encoder is the pre-norm transformer of Dosovitskiy et al. (2010.11929). The sizes are those of
+Zhai et al. (2106.04560) and, for So400m, of Alabdulmohsin et al. (2305.13035). The parameters of
+the blocks are stacked along a leading axis of length L, and `lax.scan` runs over them.
 
 Dimension letters: B batch, T tokens, D width, F mlp width, H heads, K width of a head, E embedding,
 L layers, V vocabulary, P patch side, C channels.
@@ -16,7 +16,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
-# name: width D, depth L, mlp F, heads H
+# name: (width D, depth L, mlp width F, heads H)
 SIZES = {
     "mu": (32, 1, 128, 2),
     "toy": (64, 4, 256, 4),
@@ -27,9 +27,17 @@ SIZES = {
     "So400m": (1152, 27, 4304, 16),
 }
 
+# An encoder of at most so many blocks is unrolled: each block gets its own code instead of one loop
+# that slices its parameters and stacks its activations. A step of Ti is 1.2 times faster on a CPU;
+# its compilation takes 6 s instead of 5.
+MAX_UNROLLED = 12
+
 
 def size(name):
-    """(width, depth, mlp, heads) of a size in SIZES, or of one spelled 'width/depth/mlp/heads'."""
+    """(width, depth, mlp width, heads) of a model size.
+
+    `name` is a key of SIZES, or the four numbers themselves: 'width/depth/mlp/heads'. Raises
+    ValueError for anything else, and where the heads do not divide the width."""
     if name in SIZES:
         return SIZES[name]
     parts = name.split("/")
@@ -43,15 +51,16 @@ def size(name):
 
 @dataclasses.dataclass(frozen=True)
 class ViT:
-    """Image tower. `n_out` is the number of classes, or the width of the joint embedding."""
+    """What an image tower looks like. `n_out` is the number of classes, or the width of the
+    embedding that images and texts share."""
     size: str
     image_size: int
     patch: int
     n_out: int
     channels: int = 3
-    pool: str = "gap"  # 'gap': mean of the tokens; 'map': one attention-pooling head
-    dtype: str = "float32"  # of the activations; the parameters are float32 always
-    remat: bool = False  # recompute each block in the backward pass: memory for time
+    pool: str = "gap"  # 'gap': the mean of the tokens; 'map': an attention-pooling head
+    dtype: str = "float32"  # of the activations; parameters are always float32
+    remat: bool = False  # recompute each block in the backward pass: slower, but needs less memory
 
     @property
     def tokens(self):
@@ -60,7 +69,8 @@ class ViT:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Text tower on token ids, 0 being padding. Bidirectional attention, learned positions."""
+    """What a text tower looks like. It reads token ids, of which 0 stands for padding. Every token
+    sees every other, and the positions are learned."""
     size: str
     vocab: int
     context: int
@@ -84,8 +94,9 @@ def dense_init(key, n_in, n_out):
 
 
 def dense(p, x):
-    """x @ w + b on the last axis, as ONE matrix product forward and back (1.4 times faster on CPUs
-    than leaving two leading axes to the weight's gradient)."""
+    """x @ w + b on the last axis of x."""
+    # With one leading axis the gradient of w is one matrix product too. With several it is not, and
+    # then it is 1.4 times slower on CPUs.
     y = x.reshape(-1, x.shape[-1]) @ p["w"].astype(x.dtype) + p["b"].astype(x.dtype)
     return y.reshape(*x.shape[:-1], -1)
 
@@ -94,11 +105,42 @@ def norm_init(width):
     return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def layer_norm(p, x, eps=1e-6):
-    """Layer norm over the last axis, computed in float32 whatever the type of x."""
-    y = x.astype(jnp.float32)
-    y = (y - y.mean(-1, keepdims=True)) * jax.lax.rsqrt(y.var(-1, keepdims=True) + eps)
-    return (y * p["scale"] + p["bias"]).astype(x.dtype)
+    """Layer norm (1607.06450) over the last axis of x. It is computed in float32 even where x is
+    bfloat16.
+
+    Autodiff's backward pass goes over the tokens several times and is bound by memory. The usual
+    closed form, written out below, makes a training step 1.1 times faster."""
+    return layer_norm_forward(p, x, eps)[0]
+
+
+def layer_norm_forward(p, x, eps):
+    """-> the output, and what the backward pass needs."""
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = y.mean(-1, keepdims=True)
+    inverse_std = jax.lax.rsqrt(((y - mean)**2).mean(-1, keepdims=True) + eps)
+    y = (y - mean) * inverse_std * p["scale"] + p["bias"]
+    return y.astype(x.dtype), (p, x, mean, inverse_std)
+
+
+def layer_norm_backward(_, saved, grad_out):
+    """Gradients of p and x. With z = (x - mean) / std and g = dL/dz, each a vector of one token,
+
+        dL/dx = (g - mean(g) - z mean(g z)) / std
+
+    The two means are what reaches x through its own mean and its own std."""
+    p, x, mean, inverse_std = saved
+    z = (x.astype(mean.dtype) - mean) * inverse_std
+    grad_out = grad_out.astype(mean.dtype)
+    tokens = tuple(range(x.ndim - 1))
+    grad_p = {"scale": (grad_out * z).sum(tokens), "bias": grad_out.sum(tokens)}
+    g = grad_out * p["scale"]
+    grad_x = g - g.mean(-1, keepdims=True) - z * (g * z).mean(-1, keepdims=True)
+    return grad_p, (grad_x * inverse_std).astype(x.dtype)
+
+
+layer_norm.defvjp(layer_norm_forward, layer_norm_backward)
 
 
 def mlp_init(key, width, hidden):
@@ -107,17 +149,20 @@ def mlp_init(key, width, hidden):
 
 
 def mlp(p, x):
-    return dense(p["down"], jax.nn.gelu(dense(p["up"], x)))
+    """Two linear maps with a GELU between them (its tanh approximation)."""
+    # The GELU is computed again in the backward pass. This costs no time, and of its five arrays of
+    # width F only the input has to be kept.
+    return dense(p["down"], jax.checkpoint(jax.nn.gelu)(dense(p["up"], x)))
 
 
 def attention_init(key, width):
-    """Query, key and value maps drawn each as a square matrix; output map."""
+    """The maps to queries, keys and values, and the output map: four square matrices."""
     keys = jax.random.split(key, 4)
     return dict(zip("qkvo", (dense_init(k, width, width) for k in keys)))
 
 
 def attention(p, q_BTD, kv_BSD, heads, mask_BS=None):
-    """Multi-head attention of T queries over S keys; where `mask_BS` is False a key is not seen."""
+    """Multi-head attention of T queries over S keys. No query sees a key whose mask is False."""
     split = functools.partial(einops.rearrange, pattern="b t (h k) -> b t h k", h=heads)
     y = jax.nn.dot_product_attention(
         split(dense(p["q"], q_BTD)), split(dense(p["k"], kv_BSD)), split(dense(p["v"], kv_BSD)),
@@ -135,13 +180,15 @@ def block_init(key, width, hidden):
 
 
 def block(p, x_BTD, heads, mask_BT=None):
+    """One transformer block: attention, then the MLP. Each reads x normalised and is added to x."""
     y = layer_norm(p["norm_attention"], x_BTD)
     x_BTD = x_BTD + attention(p["attention"], y, y, heads, mask_BT)
     return x_BTD + mlp(p["mlp"], layer_norm(p["norm_mlp"], x_BTD))
 
 
 def encoder_init(key, config):
-    """Blocks (stacked: every leaf [L, ...]), the final norm and, for 'map', the pooling head."""
+    """The blocks, stacked so that every leaf is [L, ...]; the final norm; with pool 'map', the
+    pooling head."""
     width, depth, hidden, _ = size(config.size)
     key_blocks, key_pool = jax.random.split(key)
     params = {"blocks": jax.vmap(lambda k: block_init(k, width, hidden))(
@@ -155,12 +202,17 @@ def encoder_init(key, config):
 
 
 def encode(p, x_BTD, config, mask_BT=None):
-    """Tokens [B, T, D] through blocks, norm, pool: [B, D]. Padding is neither seen nor pooled."""
-    heads = size(config.size)[3]
+    """Tokens -> [B, D]: the blocks, the final norm and the pooling.
+
+    A token whose mask is False is padding. No other token sees it, and it is not pooled."""
+    _, depth, _, heads = size(config.size)
     body = lambda x, p_block: (block(p_block, x, heads, mask_BT), None)
-    x_BTD, _ = jax.lax.scan(jax.checkpoint(body) if config.remat else body, x_BTD, p["blocks"])
+    x_BTD, _ = jax.lax.scan(jax.checkpoint(body) if config.remat else body, x_BTD, p["blocks"],
+                            unroll=depth if depth <= MAX_UNROLLED else 1)
     x_BTD = layer_norm(p["norm"], x_BTD)
-    if config.pool == "map":  # Lee et al. (1810.00825), as in SigLIP: a learned query, then an MLP
+    # Attention pooling (Lee et al., 1810.00825), as in SigLIP: one learned query looks at all
+    # tokens, and an MLP with a residual connection follows.
+    if config.pool == "map":
         probe = einops.repeat(p["pool"]["probe"].astype(x_BTD.dtype), "t d -> b t d", b=len(x_BTD))
         y = attention(p["pool"]["attention"], probe, x_BTD, heads, mask_BT)
         return (y + mlp(p["pool"]["mlp"], layer_norm(p["pool"]["norm"], y)))[:, 0]
@@ -171,11 +223,12 @@ def encode(p, x_BTD, config, mask_BT=None):
 
 
 def encoder_flops(config):
-    """FLOPs (a multiply-add is two) of `encode` for one example: matrix products only."""
+    """FLOPs of `encode` for one example. Only matrix products count, a multiply-add as two."""
     D, L, F, _ = size(config.size)
     T = config.tokens
     flops = L * (T * (8 * D**2 + 4 * D * F) + 4 * T**2 * D)
-    if config.pool == "map":  # q and o for one token, k and v for all; scores and sum; the MLP
+    if config.pool == "map":
+        # The maps q and o of one query, k and v of all tokens; attention's two products; the MLP.
         flops += (4 + 4 * T) * D**2 + 4 * T * D + 4 * D * F
     return flops
 
@@ -193,7 +246,7 @@ def vit_init(key, config):
 
 
 def vit_apply(p, image_BHWC, config):
-    """Images scaled to [-1, 1] -> float32 [B, n_out]."""
+    """Images with pixels in [-1, 1] -> float32 [B, n_out]."""
     x = einops.rearrange(image_BHWC, "b (h p) (w q) c -> b (h w) (p q c)",
                          p=config.patch, q=config.patch).astype(config.dtype)
     x_BTD = dense(p["embed"], x) + p["position"].astype(config.dtype)
@@ -216,12 +269,13 @@ def text_init(key, config):
 
 
 def text_apply(p, tokens_BT, config):
-    """Token ids, 0 for padding -> float32 [B, n_out]."""
+    """Token ids, with 0 for padding -> float32 [B, n_out]."""
     x_BTD = (p["embed"][tokens_BT] + p["position"]).astype(config.dtype)
     return dense(p["head"], encode(p, x_BTD, config, tokens_BT != 0).astype(jnp.float32))
 
 
 def text_flops(config):
-    """FLOPs of `text_apply` for one text, padding included; the embedding is a look-up."""
+    """FLOPs of `text_apply` for one text. Padding costs as much as a word; looking up the embedding
+    costs nothing."""
     pool = 2 * config.tokens * size(config.size)[0] if config.pool == "gap" else 0
     return encoder_flops(config) + pool + 2 * size(config.size)[0] * config.n_out
