@@ -20,8 +20,7 @@ Minutes on a CPU:       python jest.py
 README's measurements:  python jest.py --preset=emoji, and more flags: see there
 Model of the paper:     python jest.py --preset=siglip_B  (a trial, on generated images)
 
-Where the paper's print and its text disagree there is a flag (first chunk, score gain). Where we
-differ from it: README, "jest.py, beside the paper".
+Where we differ from the paper, or its print from its text: README, "jest.py, beside the paper".
 """
 
 import dataclasses
@@ -78,9 +77,6 @@ def define_flags():
                   "_hard_learner behind it (plain: learnability); the first is the baseline")
     f.DEFINE_float("filter_ratio", 0.8, "f = 1 - b/B: part of the super-batch that is left out")
     f.DEFINE_integer("n_chunks", 16, "chunks in which jest draws its sub-batch")
-    f.DEFINE_enum("first_chunk", "self", ["self", "uniform"], "'self': the first chunk is drawn by "
-                  "the self-scores S[i,i] (section 3.2); 'uniform': uniformly (the printed "
-                  "algorithm, read as code)")
     f.DEFINE_float("score_gain", 100.0, "multiplies the scores before a chunk is drawn from their "
                    "softmax (Algorithm 2 prints 100, close to greedy); 1 / temperature")
     f.DEFINE_float("curated_fraction", 0.2, "part of the pool that is set apart to train the "
@@ -238,17 +234,17 @@ def score_matrix(kind, learner, reference):
     return sum(sign * losses(models[name]) for name, sign in SCORES[kind].items())
 
 
-def jointly_sample_dense(key, score_BB, n_select, n_chunks=16, *, score_gain=100.0, first="self"):
+def jointly_sample_dense(key, score_BB, n_select, n_chunks=16, *, score_gain=100.0):
     """Algorithm 1 on the whole matrix S, written to be read. `jointly_sample` makes the same picks
     without the matrix and is tested against this.
 
-    A chunk is drawn from one set of logits, so that its members do not see each other. The logits
+    The first chunk is drawn by the self-scores S[i,i], as section 3.2 defines it. (Read as code, the
+    print would draw it uniformly.) A chunk is drawn from one set of logits, so that its members do
+    not see each other. The logits
     are sums, as printed: dividing them by the size of T would change the temperature as T grows.
 
     Args:
       score_BB: `score_matrix`.
-      first: 'self' draws the first chunk by the self-scores S[i,i] (section 3.2); 'uniform' draws
-        it uniformly, as the print does if it is read as code.
 
     Returns: indices [n_select] in the order drawn.
     """
@@ -259,8 +255,6 @@ def jointly_sample_dense(key, score_BB, n_select, n_chunks=16, *, score_gain=100
         # Sums over T as two matrix-vector products. Do not write them as masked sums over the two
         # axes: jaxlib 0.10.2 on a CPU fuses those under jit(vmap) and adds up wrongly.
         score_B = jnp.diag(score_BB) + dot(score_BB, drawn_B) + dot(drawn_B, score_BB)
-        if k == 0 and first == "uniform":
-            score_B = jnp.zeros_like(score_B)
         pick_C = draw(jax.random.fold_in(key, k), score_gain * score_B, drawn_B > 0, size)
         drawn_B = drawn_B.at[pick_C].set(1)
         picks.append(pick_C)
@@ -291,7 +285,7 @@ def draw(key, logits_B, taken_B, size):
 
 
 def jointly_sample(key, learner, reference, n_select, n_chunks=16, *, kind="learnability",
-                   score_gain=100.0, first="self", axis=None, tile=2048):
+                   score_gain=100.0, axis=None, tile=2048):
     """Algorithm 1 (sigmoid loss) in memory of order B: the picks of `jointly_sample_dense`.
 
     At the paper's B = 163,840 the matrix S would take 107 GB. It is never made. Each candidate
@@ -307,7 +301,7 @@ def jointly_sample(key, learner, reference, n_select, n_chunks=16, *, kind="lear
       learner, reference: embeddings (see `embed`) of the candidates. The model that `kind` does not
         use may be None.
       n_select, n_chunks: needs n_chunks <= n_select = b <= B.
-      kind: one of SCORES. first: see `jointly_sample_dense`.
+      kind: one of SCORES.
 
     Returns: indices [n_select] into the B candidates, in the order drawn.
     """
@@ -320,7 +314,7 @@ def jointly_sample(key, learner, reference, n_select, n_chunks=16, *, kind="lear
 
     return draw_in_chunks(
         key, models, n_select, n_chunks, self_score(kind, learner, reference, "sigmoid"),
-        lambda k, score_N: score_N, add_chunk, score_gain=score_gain, first=first, axis=axis)
+        lambda k, score_N: score_N, add_chunk, score_gain=score_gain, axis=axis)
 
 
 def models_of(kind, learner, reference):
@@ -363,7 +357,7 @@ def sum_of_softplus(x_NE, y_CE, t, b, used_C, tile):
 
 
 def draw_in_chunks(key, models, n_select, n_chunks, state, score_of, add_chunk, *, score_gain,
-                   first, axis):
+                   axis):
     """The loop that the sigmoid and the softmax sampler share. Returns indices [n_select].
 
     Args:
@@ -386,8 +380,6 @@ def draw_in_chunks(key, models, n_select, n_chunks, state, score_of, add_chunk, 
 
     def pick(k, state, taken_B):
         logits_B = gather(score_gain * score_of(k, state), axis)
-        if first == "uniform":
-            logits_B = jnp.where(k == 0, 0.0, logits_B)
         return draw(jax.random.fold_in(key, k), logits_B, taken_B, C)
 
     def turn(carry, inputs):
@@ -406,7 +398,7 @@ def draw_in_chunks(key, models, n_select, n_chunks, state, score_of, add_chunk, 
 
 
 def jointly_sample_softmax(key, learner, reference, n_select, n_chunks=16, *, kind="learnability",
-                           score_gain=100.0, first="self", axis=None, tile=2048):
+                           score_gain=100.0, axis=None, tile=2048):
     """Algorithm 3: joint selection by the softmax loss. Arguments and result as `jointly_sample`.
 
     Under one model candidate i, given T, has the loss
@@ -435,7 +427,7 @@ def jointly_sample_softmax(key, learner, reference, n_select, n_chunks=16, *, ki
     return draw_in_chunks(
         key, models, n_select, n_chunks,
         {name: {"texts": empty_sum_N, "images": empty_sum_N} for name in models},
-        score_of, add_chunk, score_gain=score_gain, first=first, axis=axis)
+        score_of, add_chunk, score_gain=score_gain, axis=axis)
 
 
 def log_sums_over(embeddings, chunk, used_C, tile):
@@ -587,7 +579,7 @@ def embed_both(state, batch_N, *, kind, model, reference_model, low_patch=0):
 
 
 def train_step(state, index, key, batch_N, *, method, kind, n_select, model, reference_model,
-               optimiser, n_chunks=16, first="self", score_gain=100.0, low_patch=0, cotrain=True):
+               optimiser, n_chunks=16, score_gain=100.0, low_patch=0, cotrain=True):
     """One iteration of JEST or Flexi-JEST (Algorithm 2), or of a baseline, inside `pmap`.
 
     Args:
@@ -613,8 +605,7 @@ def train_step(state, index, key, batch_N, *, method, kind, n_select, model, ref
         if method == "independent":
             pick_S = independently_sample(key_select, *models, n_select, loss=model.loss, **knobs)
         else:
-            pick_S = SAMPLERS[model.loss](key_select, *models, n_select, n_chunks, first=first,
-                                          **knobs)
+            pick_S = SAMPLERS[model.loss](key_select, *models, n_select, n_chunks, **knobs)
         # Back into the super-batch's order, which is random. In the order of the draw flexi_jest's
         # halves, every second pick, would not be a random half.
         pick_S = jnp.sort(pick_S)
@@ -703,7 +694,7 @@ def make_forwards(model):
     return devices.Program(both, in_axes=(None, 0)), devices.Program(text, in_axes=(None, 0))
 
 
-def diagnose(state, key, batch_N, *, kind, n_select, model, reference_model, n_chunks, first,
+def diagnose(state, key, batch_N, *, kind, n_select, model, reference_model, n_chunks,
              score_gain, low_patch):
     """What selection does to one super-batch, inside `pmap`.
 
@@ -716,7 +707,7 @@ def diagnose(state, key, batch_N, *, kind, n_select, model, reference_model, n_c
                           low_patch=patch)
 
     def joint(models):
-        return SAMPLERS[model.loss](key, *models, n_select, n_chunks, first=first, **knobs)
+        return SAMPLERS[model.loss](key, *models, n_select, n_chunks, **knobs)
 
     def self_score_B(models):
         return devices.gather(self_score(kind, *models, model.loss))
@@ -836,7 +827,7 @@ def make_arm(arm, config, model, reference_model):
     optimiser = adam(rate, steps, warmup=config.warmup, weight_decay=config.weight_decay,
                      b2=config.beta2, clip_norm=config.clip_norm)
     knobs = dict(kind=kind, model=model, reference_model=reference_model,
-                 n_select=config.batch_size, n_chunks=config.n_chunks, first=config.first_chunk,
+                 n_select=config.batch_size, n_chunks=config.n_chunks,
                  score_gain=config.score_gain,
                  low_patch=config.low_patch if method == "flexi_jest" else 0)
     step = functools.partial(train_step, method=method, optimiser=optimiser, cotrain=config.cotrain,

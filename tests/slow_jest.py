@@ -107,17 +107,10 @@ def softmax_logits(kind, learner, reference, taken, gain):
     return gain * combine(kind, quantity, learner, reference)
 
 
-def joint_logits(kind, learner, reference, taken, gain, loss="sigmoid", first="self"):
-    """The logits that the next chunk is drawn from, [B] (section 3.2, Algorithms 1 and 3).
-
-    While T is empty, first="self" gives the self-scores ("unconditional learnability") and
-    first="uniform" gives zeros, which is what the print does when it is read as code.
-    """
-    if first not in ("self", "uniform"):
-        raise ValueError(f"first must be 'self' or 'uniform', not {first!r}")
+def joint_logits(kind, learner, reference, taken, gain, loss="sigmoid"):
+    """The logits that the next chunk is drawn from, [B] (section 3.2, Algorithms 1 and 3)."""
     function = {"sigmoid": sigmoid_logits, "softmax": softmax_logits}[loss]
-    logits = function(kind, learner, reference, taken, gain)
-    return np.zeros_like(logits) if first == "uniform" and len(taken) == 0 else logits
+    return function(kind, learner, reference, taken, gain)
 
 
 def batch_score(kind, learner, reference, chosen):
@@ -151,10 +144,10 @@ def quotas(n_select, n_chunks):
 
 
 def jointly_sample(noise_KB, kind, learner, reference, n_select, n_chunks, gain,
-                   loss="sigmoid", first="self"):
+                   loss="sigmoid"):
     """The n_select picks in the order drawn, a list of ints (section 3.2, Algorithms 1 and 3)."""
     return sample_chunks(noise_KB, quotas(n_select, n_chunks), lambda taken: joint_logits(
-        kind, learner, reference, taken, gain, loss, first))
+        kind, learner, reference, taken, gain, loss))
 
 
 def sample_chunks(noise_KB, sizes, logits_given):
@@ -201,7 +194,7 @@ def draw_probabilities(logits, taken, n):
 
 
 def chain_probabilities(kind, learner, reference, n_select, n_chunks, gain,
-                        loss="sigmoid", first="self"):
+                        loss="sigmoid"):
     """Exact probability of each set of all the picks of jointly_sample: dict frozenset -> p.
 
     The logits of a chunk depend on the set of earlier picks and not on their order, so the chain
@@ -211,7 +204,7 @@ def chain_probabilities(kind, learner, reference, n_select, n_chunks, gain,
     for size in quotas(n_select, n_chunks):
         grown = {}
         for taken, log_p_taken in log_p.items():
-            logits = joint_logits(kind, learner, reference, sorted(taken), gain, loss, first)
+            logits = joint_logits(kind, learner, reference, sorted(taken), gain, loss)
             for drawn, log_p_drawn in draw_log_probabilities(logits, taken, size).items():
                 key = taken | drawn
                 grown[key] = np.logaddexp(grown.get(key, -np.inf), log_p_taken + log_p_drawn)

@@ -85,35 +85,32 @@ def test_score_matrix(kind):
 
 LOSSES = ("sigmoid", "softmax")
 GAINS = (1.0, 100.0)
-NAMES = ("kind", "score_gain", "first", "tile")
+NAMES = ("kind", "score_gain", "tile")
 streaming = {loss: jax.jit(sampler, static_argnums=(3, 4), static_argnames=NAMES)
              for loss, sampler in jest.SAMPLERS.items()}
 
 
 def slow_picks(key, learner, reference, n_select, n_chunks, *, loss="sigmoid",
-               kind="learnability", score_gain=100.0, first="self"):
+               kind="learnability", score_gain=100.0):
     """The picks in float64, by the noise that `jest.draw` adds for this key."""
     gumbel = noise(key, n_chunks, len(learner["image"]))
     return slow_jest.jointly_sample(gumbel, kind, learner, reference, n_select, n_chunks,
-                                    score_gain, loss, first)
+                                    score_gain, loss)
 
 
-def slow_picks_of(S, gumbel, sizes, score_gain, first="self"):
+def slow_picks_of(S, gumbel, sizes, score_gain):
     """The same where there is only the matrix S."""
-    return slow_jest.sample_chunks(gumbel, sizes, lambda T: slow_jest.matrix_logits(
-        S, T, score_gain if T or first == "self" else 0))
+    return slow_jest.sample_chunks(gumbel, sizes, lambda T: slow_jest.matrix_logits(S, T, score_gain))
 
 
-@pytest.mark.parametrize("first", ["self", "uniform"])
 @pytest.mark.parametrize("n_chunks", [1, 3, 8])
 @pytest.mark.parametrize("score_gain", GAINS)
-def test_dense_is_the_slow_algorithm(score_gain, n_chunks, first):
+def test_dense_is_the_slow_algorithm(score_gain, n_chunks):
     S = np.random.default_rng(3).normal(size=(20, 20)).astype(np.float32)
     key = jax.random.key(3)
-    got = jest.jointly_sample_dense(key, jnp.array(S), 8, n_chunks, first=first,
-                                    score_gain=score_gain)
+    got = jest.jointly_sample_dense(key, jnp.array(S), 8, n_chunks, score_gain=score_gain)
     expected = slow_picks_of(np.float64(S), noise(key, n_chunks, 20),
-                             slow_jest.quotas(8, n_chunks), score_gain, first)
+                             slow_jest.quotas(8, n_chunks), score_gain)
     np.testing.assert_array_equal(got, expected)
 
 
@@ -136,8 +133,7 @@ def test_streaming_is_dense(data):
     B = data.draw(st.integers(2, 24))
     b = data.draw(st.integers(1, B))
     n_chunks = data.draw(st.integers(1, b))
-    knobs = dict(first=data.draw(st.sampled_from(["self", "uniform"])),
-                 score_gain=data.draw(st.sampled_from(GAINS)))
+    knobs = dict(score_gain=data.draw(st.sampled_from(GAINS)))
     kind, seed = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(0, 99))
     learner, reference = two_sides(seed, B)
     key = jax.random.key(seed)
@@ -148,16 +144,15 @@ def test_streaming_is_dense(data):
     assert len(set(got.tolist())) == b and 0 <= got.min() and got.max() < B
 
 
-@pytest.mark.parametrize("first", ["self", "uniform"])
 @pytest.mark.parametrize("score_gain", GAINS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_picks_are_those_of_float64(loss, kind, score_gain, first):
+def test_picks_are_those_of_float64(loss, kind, score_gain):
     """For one chunk, for quotas that differ (2, 2, 3) and for one pair at a time."""
     learner, reference = two_sides(5, 15)
     for n_chunks in (1, 3, 7):
         key, args = jax.random.key(n_chunks), (learner, reference, 7, n_chunks)
-        knobs = dict(kind=kind, score_gain=score_gain, first=first)
+        knobs = dict(kind=kind, score_gain=score_gain)
         got = streaming[loss](key, *args, tile=4, **knobs)
         np.testing.assert_array_equal(got, slow_picks(key, *args, loss=loss, **knobs))
 
@@ -429,7 +424,7 @@ def test_the_step_picks_by_both_models_and_trains_on_the_picks(method, kind):
 
 
 @pytest.mark.parametrize("method,knobs", [
-    ("jest", {"score_gain": 1.0}), ("jest", {"first": "uniform"}),
+    ("jest", {"score_gain": 1.0}),
     ("independent", {"score_gain": 1.0})])
 def test_the_step_draws_as_it_is_told(method, knobs):
     state, batch, key = first_state(), pairs(16, seed=2), jax.random.fold_in(jax.random.key(0), 0)
@@ -526,7 +521,7 @@ def test_the_diagnosis_of_a_super_batch_is_the_slow_one(on_devices, low_patch):
     small = tiny(size="8/1/16/1")
     look = functools.partial(
         jest.diagnose, kind="learnability", n_select=8, model=tiny(), reference_model=small,
-        n_chunks=3, first="self", score_gain=100.0, low_patch=low_patch)
+        n_chunks=3, score_gain=100.0, low_patch=low_patch)
     metrics, self_B, pick_S = on_devices(1, look, state, key, sharded(batch, 1),
                                          in_axes=(None, None, 0))
     params, reference = state["learner"]["params"], jest.embed(state["reference"], batch, small)

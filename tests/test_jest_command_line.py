@@ -168,7 +168,7 @@ def test_other_scores_softmax_and_another_reference_set(command, prepared, tmp_p
     flags = [f for f in TINY if "toy" not in f and "patch" not in f]
     command.good(*flags, "--patch=8", f"--dataset={prepared['captioned']}", "--loss=softmax",
                  f"--reference_dataset={prepared['captioned']}", "--caption_noise=0.5",
-                 "--score_gain=10", "--first_chunk=uniform",
+                 "--score_gain=10",
                  f"--arms={','.join(arms)}", f"--workdir={workdir}")
     last = {r["arm"]: r for r in rows(workdir)}
     assert set(last) == {"reference", *arms}
