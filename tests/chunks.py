@@ -71,7 +71,7 @@ def main(_):
         for f in RATIOS:
             B = round(F.sub_batch / (1 - f))
             cut = [{k: v[:B] if v.ndim else v for k, v in m.items()} for m in models]
-            S = np.asarray(jest.score_matrix("learnability", *cut), np.float64)
+            S = slow_jest.score_matrix("learnability", *cut)
             score = lambda picks: S[np.ix_(picks, picks)].sum() / len(picks)
             uniform = np.mean([score(rng.permutation(B)[:F.sub_batch]) for _ in range(20)])
             results.setdefault(("uniform", f), []).append(uniform)
