@@ -171,8 +171,13 @@ def outputs(params, batch, model):
     y = vit.vit_apply(params["image"], image_NHWC, model.image)
     if model.loss == "cross_entropy":
         return y
-    unit = lambda z_NE: z_NE / (jnp.linalg.norm(z_NE, axis=-1, keepdims=True) + 1e-6)
     return unit(y), unit(vit.text_apply(params["text"], batch["tokens"], model.text))
+
+
+def unit(x_NE):
+    """Rows of length 1. The small number is under the root, where it keeps the gradient of a row
+    of zeros finite."""
+    return x_NE * jax.lax.rsqrt(jnp.square(x_NE).sum(-1, keepdims=True) + 1e-12)
 
 
 # ------------------------------------------------------------------------------ scores (eqs 4-5)

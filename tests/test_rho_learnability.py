@@ -256,6 +256,13 @@ SCORES = np.array([0.3, -1.2, 2.0, 0.0, 1.1, -0.4], np.float32)
 DRAWS = 20_000
 
 
+def test_embeddings_have_length_one_and_a_row_of_zeros_a_finite_gradient():
+    x = np.random.default_rng(1).normal(size=(3, 5)).astype(np.float32)
+    np.testing.assert_allclose(jnp.linalg.norm(rho.unit(x), axis=1), 1, rtol=1e-6)
+    grad = jax.grad(lambda x: (rho.unit(x) @ jnp.arange(5.0)).sum())(jnp.zeros((2, 5)))
+    assert np.isfinite(grad).all()
+
+
 def draws(scores, n, score_gain=1.0, sampling="gumbel"):
     keys = jax.random.split(jax.random.key(5), DRAWS)
     return np.asarray(jax.jit(jax.vmap(
