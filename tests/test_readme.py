@@ -11,7 +11,7 @@ TEXT = (ROOT / "README.md").read_text()
 TOWER = ("--patch=8", "--embed=8", "--context=24", "--toy_examples=300", "--steps=2",
          "--active_steps=2", "--reference_steps=2", "--eval_every=2")
 TINY = {  # typed after the README's own flags: the last one counts
-    "rho_learnability.py": (*TOWER, "--learner=16/1/32/1", "--proxy=16/1/32/1", "--batch_size=4"),
+    "rho_learnability.py": (*TOWER, "--learner=16/1/32/1", "--proxy=16/1/32/1", "--batch_size=2"),
     "jest.py": (*TOWER, "--model=16/1/32/1", "--low_patch=16", "--batch_size=2", "--n_chunks=2"),
     "dnc.py": ("--toy_examples=200", "--model=8/4", "--hidden=8", "--embed=6", "--head_hidden=8",
                "--steps=12", "--batch_size=4", "--eval_every=4", "--clusters=2", "--restarts=2")}
