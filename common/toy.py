@@ -9,14 +9,14 @@ Rare classes, near-copies and images of pure noise are planted in known amounts.
     test = world(2_000, seed=1, duplicates=0, hopeless=0)
 
 Dimensions: N examples, B examples of a chunk, H = W = image_size, C = 3 colours. The unit of length
-is the width of the image. v points down. Colours are in [0, 1] until the last step makes them bytes.
+is the width of the image. v points down. Colours are in [0, 1] until bytes are made of them.
 """
 
 import numpy as np
 
 
 def star(u, v):
-    # A star is one edge, mirrored ten times, so the angle is folded into a tenth of a turn. The edge
+    # A star is one edge, mirrored ten times: the angle is folded into a tenth of a turn. The edge
     # goes from the tip at radius 1 to the notch at radius 0.45. The line through it is 0.384 away
     # from the middle, and its normal points to 1.177 rad.
     fifth = 2 * np.pi / 5
