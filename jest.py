@@ -883,8 +883,8 @@ def main():
         config[flag], split, data_dir=config.data_dir, image_size=config.image_size,
         context=config.context, encode=encode, need=("caption",), toy_knobs=run.toy_knobs(config),
         flags=(flag, split_flag))
-    source, test_source = (open_split("dataset", config[flag], flag)
-                           for flag in ("split", "eval_split"))
+    source = open_split("dataset", config.split, "split")
+    test_source = open_split("dataset", config.eval_split, "eval_split")
     curated_source = config.reference_dataset and open_split("reference_dataset", "train", "split")
     if any(split_arm(arm)[0] != "uniform" for arm in config.arms):
         n_curated = 0 if curated_source else round(config.curated_fraction * len(source.ids))
