@@ -52,7 +52,7 @@ def test_a_run_leaves_what_the_interface_says(finished):
     for arm in ARMS:  # the table, the bill and the cost of an iteration
         assert re.search(rf"^{arm} ", done.stdout, re.M)
     assert "an iteration of jest costs 167 % of uniform's; 133 %" in done.stdout
-    assert "are longer than --context=24 and are cut" in done.stderr
+    assert "are longer than 23 tokens and are cut" in done.stderr
 
 
 def test_the_bill_of_a_run_is_the_sum_of_its_steps(finished):
