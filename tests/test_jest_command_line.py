@@ -93,7 +93,8 @@ def test_the_active_arms_have_their_own_length_and_rate(curated):
     first = jest.init(jax.random.split(jax.random.key(0), 3)[0], model)
     for name, same in (("jest-0", True), ("uniform-0", False), ("jest-1", False)):
         _, after = trained(curated, name)
-        got = [np.allclose(after[jax.tree_util.keystr(path)], x, atol=1e-6) for path, x in
+        # what is left is the decay, at most 1e-4 a step: it is not times the learning rate
+        got = [np.allclose(after[jax.tree_util.keystr(path)], x, rtol=2e-3) for path, x in
                jax.tree_util.tree_leaves_with_path({"learner": {"params": first}})
                if path[-1].key == "w"]
         assert len(got) > 8 and all(got) == same, name
