@@ -577,10 +577,10 @@ def main():
         context=config.context if text else 0, need=("caption",) if text else ("label",),
         toy_knobs=run.toy_knobs(config), flags=("dataset", flag))
         for flag, split in (("split", config.split), ("eval_split", config.eval_split)))
-    n_held_out = round(config.held_out_fraction * len(source.ids))
-    data.check_batch(source.ids[n_held_out if config.reference == "held_out" else 0:],
-                     round(config.ratio * config.batch_size) if set(config.arms) != {"uniform"}
-                     else config.batch_size, f"--ratio={config.ratio:g}")
+    if set(config.arms) != {"uniform"}:
+        n_held_out = round(config.held_out_fraction * len(source.ids))
+        data.check_batch(source.ids[n_held_out if config.reference == "held_out" else 0:],
+                         round(config.ratio * config.batch_size), f"--ratio={config.ratio:g}")
     learner, proxy = build_models(config, source)
     like = jax.eval_shape(lambda: init(jax.random.key(0), proxy))
     stage.check_given(config, like, trains=("in_domain", "held_out", "online"))
@@ -670,7 +670,8 @@ def main():
     picks = shown and choose(*shown, config, learner, proxy, programs[shown[0]][1], B)
     if jax.process_index() == 0:
         report.conclude(metrics_file.rows(), config.workdir, picks=picks, arms=config.arms,
-                        seeds=config.seeds, script="rho_learnability", dataset=run.dataset_name(config.dataset),
+                        seeds=config.seeds, script="rho_learnability",
+                        dataset=run.dataset_name(config.dataset),
                         metric="recall@10" if text else "accuracy")
 
 

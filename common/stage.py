@@ -81,8 +81,8 @@ def forward_all(params, forward, pool, batch_size):
     `forward(params, sharded batch)` is a devices.Program that returns its rows gathered, 'valid'
     among them."""
     for batch in data.sweep(pool, batch_size, devices.host()):
-        batch = devices.shard({k: batch[k] for k in ("image", "label", "tokens", "caption_hash", "valid")
-                               if k in batch})
+        fields = ("image", "label", "tokens", "caption_hash", "valid")
+        batch = devices.shard({k: batch[k] for k in fields if k in batch})
         forward.compile(params, batch)
         begin = time.perf_counter()
         got = jax.device_get(forward(params, batch))

@@ -83,6 +83,12 @@ def test_score_matrix(kind):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_logit_is_what_a_candidate_adds_to_the_score_of_the_batch(kind):
+    """The invariant of the float64 reference, on which the tests below rest (sigmoid)."""
+    assert slow_jest.invariant_error(kind, *two_sides(4, 9), [2, 7, 3], 100.0) < 1e-9
+
+
 LOSSES = ("sigmoid", "softmax")
 GAINS = (1.0, 100.0)
 NAMES = ("kind", "score_gain", "tile")

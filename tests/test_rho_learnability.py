@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from common import devices, report, retrieval, run, vit
+from common import devices, report, run, vit
 import rho_learnability as rho
 import slow_rho
 
@@ -991,21 +991,6 @@ def test_a_classifier_starts_at_chance_and_a_pair_of_towers_at_the_published_t_a
     np.testing.assert_allclose(losses, math.log(C), rtol=1e-6)
     params = jitted_init(model("8/1/16/2", "sigmoid"))
     np.testing.assert_allclose([np.exp(params["log_t"]), params["b"]], [10, -10], rtol=1e-6)
-
-
-# ---------------------------------------------------------------------------------- evaluation
-
-
-def test_recall_counts_a_caption_that_reads_the_same_as_right():
-    rng, n = np.random.default_rng(6), 40
-    queries, keys, text = rng.normal(size=(n, 3)), rng.normal(size=(n, 3)), rng.integers(0, 25, n)
-    for k in (1, 3, 8, n, n + 5):
-        hits = 0
-        for i in range(n):
-            order = sorted(range(n), key=lambda j: -float(queries[i] @ keys[j]))
-            hits += any(text[j] == text[i] for j in order[:k])
-        assert retrieval.recall(queries, keys, text, k, block=7) == pytest.approx(hits / n)
-        assert hits or k == 1
 
 
 # ----------------------------------------------------------------------------------------- keys
