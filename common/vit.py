@@ -2,8 +2,9 @@
 
 `*_init(key, config) -> params`, `*_apply(params, x, config) -> array`, `*_flops(config) -> int`.
 The encoder is the pre-norm transformer of Dosovitskiy et al. (2010.11929). The sizes are those of
-Zhai et al. (2106.04560) and, for So400m, of Alabdulmohsin et al. (2305.13035). The parameters of
-the blocks are stacked along a leading axis of length L, and `lax.scan` runs over them.
+Zhai et al. (2106.04560), for So400m of Alabdulmohsin et al. (2305.13035), and for g-opt of SigLIP 2
+(2502.14786). The parameters of the blocks are stacked along a leading axis of length L, and
+`lax.scan` runs over them.
 
 Dimension letters: B batch, T tokens, D width, F mlp width, H heads, K width of a head, E embedding,
 L layers, V vocabulary, P patch side, C channels.
@@ -25,6 +26,7 @@ SIZES = {
     "B": (768, 12, 3072, 12),
     "L": (1024, 24, 4096, 16),
     "So400m": (1152, 27, 4304, 16),
+    "g-opt": (1536, 40, 6144, 16),
 }
 
 # An encoder of at most so many blocks is unrolled: each block gets its own code instead of one loop
@@ -52,7 +54,9 @@ def size(name):
 @dataclasses.dataclass(frozen=True)
 class ViT:
     """What an image tower looks like. `n_out` is the number of classes, or the width of the
-    embedding that images and texts share."""
+    embedding that images and texts share. With 0 there is no head, and the output has the width of
+    the tower, as in the published SigLIP. Where the patch does not divide the side of the image,
+    the rest at the right and at the bottom is not seen."""
     size: str
     image_size: int
     patch: int
@@ -69,15 +73,16 @@ class ViT:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """What a text tower looks like. It reads token ids, of which 0 stands for padding. Every token
-    sees every other, and the positions are learned."""
+    """What a text tower looks like. It reads token ids. Every token sees every other, and the
+    positions are learned. `n_out` is that of `ViT`."""
     size: str
     vocab: int
     context: int
     n_out: int
-    pool: str = "gap"
+    pool: str = "gap"  # 'gap' and 'map' as in `ViT`; 'last': the last token
     dtype: str = "float32"
     remat: bool = False
+    mask_padding: bool = True  # tokens of id 0 are padding. The published SigLIP looks at it too.
 
     @property
     def tokens(self):
@@ -216,6 +221,8 @@ def encode(p, x_BTD, config, mask_BT=None):
         probe = einops.repeat(p["pool"]["probe"].astype(x_BTD.dtype), "t d -> b t d", b=len(x_BTD))
         y = attention(p["pool"]["attention"], probe, x_BTD, heads, mask_BT)
         return (y + mlp(p["pool"]["mlp"], layer_norm(p["pool"]["norm"], y)))[:, 0]
+    if config.pool == "last":
+        return x_BTD[:, -1]
     if mask_BT is None:
         return x_BTD.mean(1)
     weight = mask_BT / jnp.maximum(mask_BT.sum(1, keepdims=True), 1)
@@ -236,21 +243,33 @@ def encoder_flops(config):
 # ------------------------------------------------------------------------------------- towers
 
 
+def head_init(key, config):
+    """The linear map behind the pooling, or nothing where n_out is 0."""
+    return {"head": dense_init(key, size(config.size)[0], config.n_out)} if config.n_out else {}
+
+
+def head(p, x_BD, config):
+    x_BD = x_BD.astype(jnp.float32)
+    return dense(p["head"], x_BD) if config.n_out else x_BD
+
+
 def vit_init(key, config):
     width = size(config.size)[0]
     key_embed, key_position, key_encoder, key_head = jax.random.split(key, 4)
     P, C = config.patch, config.channels
     return {"embed": dense_init(key_embed, P * P * C, width),
             "position": jax.random.normal(key_position, (config.tokens, width)) / width**0.5,
-            **encoder_init(key_encoder, config), "head": dense_init(key_head, width, config.n_out)}
+            **encoder_init(key_encoder, config), **head_init(key_head, config)}
 
 
 def vit_apply(p, image_BHWC, config):
-    """Images with pixels in [-1, 1] -> float32 [B, n_out]."""
-    x = einops.rearrange(image_BHWC, "b (h p) (w q) c -> b (h w) (p q c)",
-                         p=config.patch, q=config.patch).astype(config.dtype)
+    """Images with pixels in [-1, 1] -> float32 [B, n_out], or [B, D] without a head."""
+    _, H, W, _ = image_BHWC.shape
+    P = config.patch
+    x = einops.rearrange(image_BHWC[:, :H - H % P, :W - W % P],
+                         "b (h p) (w q) c -> b (h w) (p q c)", p=P, q=P).astype(config.dtype)
     x_BTD = dense(p["embed"], x) + p["position"].astype(config.dtype)
-    return dense(p["head"], encode(p, x_BTD, config).astype(jnp.float32))
+    return head(p, encode(p, x_BTD, config), config)
 
 
 def vit_flops(config):
@@ -265,17 +284,20 @@ def text_init(key, config):
     key_embed, key_position, key_encoder, key_head = jax.random.split(key, 4)
     return {"embed": jax.random.normal(key_embed, (config.vocab, width)) / width**0.5,
             "position": jax.random.normal(key_position, (config.context, width)) / width**0.5,
-            **encoder_init(key_encoder, config), "head": dense_init(key_head, width, config.n_out)}
+            **encoder_init(key_encoder, config), **head_init(key_head, config)}
 
 
 def text_apply(p, tokens_BT, config):
-    """Token ids, with 0 for padding -> float32 [B, n_out]."""
+    """Token ids -> float32 [B, n_out], or [B, D] without a head."""
     x_BTD = (p["embed"][tokens_BT] + p["position"]).astype(config.dtype)
-    return dense(p["head"], encode(p, x_BTD, config, tokens_BT != 0).astype(jnp.float32))
+    mask_BT = tokens_BT != 0 if config.mask_padding else None
+    return head(p, encode(p, x_BTD, config, mask_BT), config)
 
 
 def text_flops(config):
     """FLOPs of `text_apply` for one text. Padding costs as much as a word; looking up the embedding
     costs nothing."""
-    pool = 2 * config.tokens * size(config.size)[0] if config.pool == "gap" else 0
+    # The mean of the tokens that are not padding is a matrix product.
+    pool = 2 * config.tokens * size(config.size)[0] if (
+        config.pool == "gap" and config.mask_padding) else 0
     return encoder_flops(config) + pool + 2 * size(config.size)[0] * config.n_out

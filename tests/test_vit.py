@@ -1,9 +1,12 @@
-"""common/vit.py: the gradients that are written by hand, and the ways to run the blocks."""
+"""common/vit.py: the gradients that are written by hand, the ways to run the blocks, and the parts
+that only the published SigLIP needs."""
 
 import dataclasses
 import functools
+import math
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -87,3 +90,71 @@ def test_every_way_to_run_the_blocks_gives_the_gradients_of_autodiff(tower, monk
     for way in ways:
         for one, other in zip(jax.tree.leaves(way), jax.tree.leaves(plain)):
             np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+# What the published SigLIP needs: see also test_siglip.py, which has its outputs.
+OTHERS = {"no head": vit.ViT("8/3/12/2", 8, 4, 0, pool="map"),
+          "rest cut off": vit.ViT("8/3/12/2", 11, 4, 5),
+          "last token": vit.Text("8/3/12/2", 9, 6, 5, pool="last", mask_padding=False),
+          "padding seen": vit.Text("8/3/12/2", 9, 6, 0, mask_padding=False)}
+
+
+def dot_flops(jaxpr):
+    """FLOPs of the matrix products of a program."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(
+                eqn.invars[0].aval.shape[axis] for axis in contracted)
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        total += times * sum(map(dot_flops, jax.extend.core.jaxprs_in_params(eqn.params)))
+    return total
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_closed_form_flops_are_those_of_the_program(name):
+    config = OTHERS[name]
+    if isinstance(config, vit.ViT):
+        init, apply, flops = vit.vit_init, vit.vit_apply, vit.vit_flops
+        x = np.zeros((3, config.image_size, config.image_size, 3), np.float32)
+    else:
+        init, apply, flops = vit.text_init, vit.text_apply, vit.text_flops
+        x = np.zeros((3, config.context), np.int32)
+    params = jax.eval_shape(lambda: init(jax.random.key(0), config))
+    program = jax.make_jaxpr(lambda p: apply(p, x, config))(params)
+    assert program.out_avals[0].shape == (3, config.n_out or 8)
+    assert dot_flops(program.jaxpr) == 3 * flops(config)
+
+
+def test_the_rest_that_the_patch_does_not_divide_is_not_seen():
+    config = OTHERS["rest cut off"]
+    params = vit.vit_init(jax.random.key(0), config)
+    image = np.random.default_rng(0).normal(size=(2, 11, 11, 3)).astype(np.float32)
+    want = vit.vit_apply(params, image, config)
+    image[:, 8:], image[:, :, 8:] = 7, 7
+    np.testing.assert_array_equal(vit.vit_apply(params, image, config), want)
+    np.testing.assert_array_equal(vit.vit_apply(params, image[:, :8, :8], config), want)
+    with pytest.raises((TypeError, ValueError)):  # one more patch than there are positions
+        vit.vit_apply(params, np.zeros((2, 12, 12, 3), np.float32), config)
+
+
+def test_the_last_token_sees_padding_and_is_what_is_pooled():
+    config = OTHERS["last token"]
+    params = vit.text_init(jax.random.key(0), config)
+    tokens = np.array([[3, 4, 5, 0, 0, 2]])
+    want = vit.text_apply(params, tokens, config)
+    params["embed"] = params["embed"].at[0].set(params["embed"][1])
+    assert abs(vit.text_apply(params, tokens, config) - want).max() > 1e-3
+    whole = dataclasses.replace(config, pool="gap")
+    assert abs(vit.text_apply(params, tokens, whole) - want).max() > 1e-3
+
+
+def test_without_a_head_the_output_is_what_the_head_would_get():
+    config = OTHERS["no head"]
+    params = vit.vit_init(jax.random.key(0), config)
+    image = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    assert "head" not in params
+    same = params | {"head": {"w": np.eye(8, dtype=np.float32), "b": np.zeros(8, np.float32)}}
+    np.testing.assert_allclose(vit.vit_apply(params, image, config), vit.vit_apply(
+        same, image, dataclasses.replace(config, n_out=8)), rtol=1e-6)
