@@ -239,7 +239,8 @@ def kmeans_plus_plus(x, k, draws):
 
     The first is floor(draws[0][0] N). For the c-th there is a candidate for each of draws[c]: the
     first point whose running sum of D^2, the squared distance to the nearest centre so far, exceeds
-    the draw times the whole sum. The candidate with the least sum of D^2 afterwards is chosen.
+    the draw times the whole sum. The candidate with the least sum of D^2 afterwards is chosen, of
+    equal ones (to 1e-5) the first.
     """
     n = len(x)
     chosen = [int(float(draws[0][0]) * n)]
@@ -258,7 +259,7 @@ def kmeans_plus_plus(x, k, draws):
         assert len(candidates) == len(draws[c]), "draws must be below 1"
         left = [sum(min(mass[i], _square_distance(x[i], x[j])) for i in range(n))
                 for j in candidates]
-        chosen.append(candidates[left.index(min(left))])
+        chosen.append(next(j for j, v in zip(candidates, left) if v <= (1 + 1e-5) * min(left)))
     return np.array(chosen)
 
 

@@ -221,8 +221,8 @@ def test_crop_flip_blur_solarise():
     only = augment.Views(1.0, 0.0, (0.0, 0.0), (0.0, 0.5))
     a, b = two_views(jax.random.key(0), jnp.arange(40), flat, only)
     inputs = lambda colour: (colour - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225]
-    np.testing.assert_allclose(a, np.tile(inputs(200 / 255), (40, 8, 8, 1)), atol=1e-5)
-    solarised = np.isclose(b[:, 0, 0], inputs(1 - 200 / 255), atol=1e-5).all(-1)
+    np.testing.assert_allclose(a, np.tile(inputs(200 / 255), (40, 8, 8, 1)), atol=1e-3)
+    solarised = np.isclose(b[:, 0, 0], inputs(1 - 200 / 255), atol=1e-3).all(-1)
     assert 8 < solarised.sum() < 32
     grey = two_views(jax.random.key(0), jnp.arange(2), images(2, channels=1), VIEWS)[0]
     assert grey.shape[-1] == 3
@@ -441,6 +441,12 @@ def test_seeding_is_the_slow_one(seed, n, k, n_candidates):
     x, draws = normal(seed, 30, 3), rng.uniform(size=(k, n_candidates)).astype(np.float32)
     got = seeding(draws, x, np.float32(np.arange(30) < n))
     np.testing.assert_array_equal(got, x[slow_dnc.kmeans_plus_plus(x[:n], k, draws)])
+
+
+def test_a_draw_of_zero_is_no_point_that_is_a_centre_already():
+    x = normal(0, 5, 3)
+    got = dnc.kmeans_plus_plus(jnp.zeros((5, 2)), jnp.array(x), jnp.ones(5))
+    np.testing.assert_array_equal(got, x)
 
 
 def test_candidates_are_as_many_as_the_authors():
