@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,9 +111,9 @@ def test_batch_norm_keeps_its_digits_where_the_mean_is_large(on_devices):
 
 def test_first_weights_have_the_variance_of_their_fan_in():
     params, _ = resnet.resnet_init(jax.random.key(0), resnet.ResNet("8/64", 8))
-    w = params["stage1_block0"]["conv0"]["w"]
-    assert w.shape == (3, 3, 64, 128)
-    np.testing.assert_allclose(np.var(w), 1 / (3 * 3 * 64), rtol=0.05)
+    for block, c_in in ((params["stem"], 3), (params["stage0_block0"]["conv1"], 64)):
+        assert block["w"].shape == (3, 3, c_in, 64)
+        np.testing.assert_allclose(np.var(block["w"]), 1 / (3 * 3 * c_in), rtol=0.1)
 
 
 def test_a_residual_block_starts_as_its_shortcut_and_bf16_is_close():
@@ -436,6 +436,7 @@ nearest = jax.jit(dnc.nearest, static_argnames="tile")
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 999), st.integers(6, 30), st.sampled_from([1, 6]), st.sampled_from([1, 3]))
+@example(0, 15, 6, 3)  # two candidates leave equal sums, and rounding favours the second
 def test_seeding_is_the_slow_one(seed, n, k, n_candidates):
     rng = np.random.default_rng(seed)
     x, draws = normal(seed, 30, 3), rng.uniform(size=(k, n_candidates)).astype(np.float32)
