@@ -278,8 +278,8 @@ def contrast_step(state, index, key, batch_N, *, model, optimiser, views, temper
       batch_N: 'image' uint8 [N, H, W, C]; 'label' [N], which is only used for a metric.
       peak: learning rate after the warm-up. warmup: a fraction of the stage. m0: see `ema_decay`.
     """
-    view1, view2 = augment.two_views(jax.random.fold_in(key, index), devices.places(batch_N),
-                                     batch_N["image"], views)
+    view1, view2 = augment.draw_views(jax.random.fold_in(key, index), devices.places(batch_N),
+                                      batch_N["image"], views, 2)
     k1_NE, k2_NE = (project(state["target"], state["stats"], v, model)[0] for v in (view1, view2))
 
     def loss_of(params):
@@ -641,8 +641,8 @@ def distil_step(state, index, key, batch_N, *, model, optimiser, views, peak, wa
       batch_N: 'image' uint8 [N, H, W, C]; 'cluster' [N] if there are experts.
       views: only the first view is used.
     """
-    view, _ = augment.two_views(jax.random.fold_in(key, index), devices.places(batch_N),
-                                batch_N["image"], views)
+    view, = augment.draw_views(jax.random.fold_in(key, index), devices.places(batch_N),
+                               batch_N["image"], views, 1)
     cluster_N, experts = batch_N.get("cluster"), state.get("experts")
     to_base_ND = represent(state["base"], view, model)
     to_own_ND = own_expert(experts, view, cluster_N, model) if experts else None

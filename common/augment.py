@@ -1,4 +1,4 @@
-"""Two random views of an image, drawn on the device, with BYOL's recipe (2006.07733, appendix B).
+"""Random views of an image, drawn on the device, with BYOL's recipe (2006.07733, appendix B).
 
 A view depends only on the key and on the image's place in the whole batch. The probability of each
 transform is where the transform is applied, in `view` and `recolour`. What a small image needs
@@ -30,16 +30,19 @@ class Views:
     solarise: tuple = (0.0, 0.2)
 
 
-def two_views(key, place_N, image_NHWC, views):
-    """Two views of each image [N, H, W, 1 or 3] of bytes: float32 [N, H, W, 3], normalised.
+def draw_views(key, place_N, image_NHWC, views, n_views):
+    """The first one or two views of each image: float32 [n_views, N, H, W, 3], normalised.
 
-    place_N: where each image stands in the whole batch. Its views are drawn from the key and that
-    place, so that they are the same on any number of devices.
+    image_NHWC: bytes with one or three channels. place_N: where each image stands in the whole
+    batch. Its views are drawn from the key and that place, so that they are the same on any number
+    of devices.
     """
-    def one(place, image_HWC):
-        key_place = jax.random.fold_in(key, place)
-        return tuple(view(jax.random.fold_in(key_place, v), image_HWC, views, v) for v in (0, 1))
-    return jax.vmap(one)(place_N, rgb(image_NHWC))
+    def one(v, place, image_HWC):
+        key_view = jax.random.fold_in(jax.random.fold_in(key, place), v)
+        return view(key_view, image_HWC, views, v)
+    every_image = jax.vmap(one, in_axes=(None, 0, 0))
+    return jax.vmap(every_image, in_axes=(0, None, None))(
+        jnp.arange(n_views), place_N, rgb(image_NHWC))
 
 
 def rgb(image_NHWC):
@@ -57,15 +60,15 @@ def view(key, image_HWC, views, v):
     order: crop, flip (p .5), colour jitter (p .8), grey (p .2), blur, solarisation."""
     keys = jax.random.split(key, 5)
     happens = lambda i, p: jax.random.bernoulli(keys[i], p)
+    p_blur, p_solarise = jnp.array(views.blur)[v], jnp.array(views.solarise)[v]
     image = crop(keys[0], image_HWC, views.crop_area)
     image = jnp.where(happens(1, 0.5), image[:, ::-1], image)
     image = recolour(keys[2], image, views.jitter)
-    if views.blur[v]:
+    if any(views.blur):
         key_happens, key_blur = jax.random.split(keys[3])
-        image = jnp.where(jax.random.bernoulli(key_happens, views.blur[v]), blur(key_blur, image),
-                          image)
-    if views.solarise[v]:
-        image = jnp.where(happens(4, views.solarise[v]) & (image >= 0.5), 1 - image, image)
+        image = jnp.where(jax.random.bernoulli(key_happens, p_blur), blur(key_blur, image), image)
+    if any(views.solarise):
+        image = jnp.where(happens(4, p_solarise) & (image >= 0.5), 1 - image, image)
     return normalise(image)
 
 
