@@ -368,7 +368,7 @@ def kmeans_plus_plus(draw_KJ, x_ND, valid_N, axis=None):
 
     def add_centre(mass_N, draw_J):
         centre_JD = points(mass_N, draw_J)
-        mass_JN = jax.lax.map(lambda c_D: jnp.minimum(mass_N, distance_N(c_D)), centre_JD)
+        mass_JN = jnp.minimum(mass_N, jax.vmap(distance_N)(centre_JD))
         left_J = total(mass_JN.sum(1), axis)
         # Two points that only affect each other leave the same sum, whichever becomes a centre. The
         # first of equal candidates is taken, and not the one that rounding favours.
