@@ -1,27 +1,29 @@
 """DnC: Divide and Contrast (Tian, Henaff, van den Oord, 2105.08054).
 
-Self-supervised learning from uncurated, heavy-tailed images: contrasting within a cluster gives
-negatives that are hard, and a rare cluster gets a model of its own. Three stages
-  1. base: MoCLR (SimCLR's loss against a momentum encoder) on everything      `moclr_step`
-  2. divide the images by k-means of what the base says of them                `kmeans`, `divide`
-     and train an expert on each cluster, with the same loss                   `expert_batches`
-  3. distil base and experts into one student: every image regresses the base, and the expert of
-     its own cluster                                                           `distil_step`
-Only the student's encoder is evaluated, frozen. Controls: `moclr` has as many image visits as all
-stages together, `moclr_flops` as many FLOPs (`budget`). Batches of one cluster differ in the
-balance of their classes as well as in the hardness of their negatives, so `dnc_random` divides at
-random into parts of the same sizes, `dnc_oracle` by label, and `self_distil` has no experts.
+Self-supervised learning from uncurated, heavy-tailed images. Contrasting images of one cluster
+gives hard negatives, and rare clusters get models of their own. There are three stages:
+  1. base: MoCLR (SimCLR's loss against a momentum encoder) on all images       `contrast_step`
+  2. divide the images by k-means of the base's representations                `kmeans`, `divide`
+     and train an expert on each cluster with the same loss                    `expert_batches`
+  3. distil base and experts into one student. Each image regresses the base's representation and
+     that of its own cluster's expert                                          `distil_step`
+Only the student's encoder is evaluated, frozen.
+
+Controls: `moclr` sees as many images as all stages together, and `moclr_flops` costs as many FLOPs
+(`budget`). Batches of one cluster have harder negatives, but also another balance of classes. So
+`dnc_random` divides at random into parts of the same sizes, `dnc_oracle` divides by label, and
+`self_distil` has no experts.
 
 Dimension letters: N images of a device (in `divide`, `clusters`, `partition`: of the pool), A of
-all devices, E projection, D representation, K clusters, T rows of a tile, R restarts, B blocks of S
-slots, H W C image.
+all devices, E projection, D representation, K clusters, J candidates of k-means++, T rows of a
+tile, R restarts, B blocks of S slots, C classes, H W C image.
 
 Minutes on a CPU:        python dnc.py
 On a prepared data set:  python dnc.py --preset=patchwork --dataset=path/to/patchwork/1.0.0
 ResNet-50, 224 px:       python dnc.py --preset=imagenet_R50  (a trial, on generated images)
 
-There is no official code, and we could not read the paper's text in full: what is recalled or
-chosen is a flag, or is said where it is made.
+There is no official code, and we could not read the paper's text in full. What is recalled or
+chosen is a flag, or is named where it is done.
 """
 
 import dataclasses
@@ -86,8 +88,6 @@ def define_flags():
                     "left; '{seed}' is filled in (default: made, in the work directory)")
     f.DEFINE_enum("expert_init", "scratch", ["scratch", "base"], "first weights of the experts")
     f.DEFINE_enum("student_init", "scratch", ["scratch", "base"], "first weights of the student")
-    f.DEFINE_integer("distil_views", 1, "views of an image in a step of distillation, 1 (with the "
-                     "two views' mean probabilities of blur and solarisation) or 2")
     f.DEFINE_float("temperature", 0.1, "tau of the contrastive loss")
     f.DEFINE_bool("same_view_negatives", True, "the other images' targets of an image's own view "
                   "are negatives too (SimCLR; MoCo v3 has none)")
@@ -125,59 +125,64 @@ def define_flags():
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """An encoder, the projector behind it (hidden -> embed), the student's heads (head_hidden)."""
+    """The sizes of an encoder, of the projector behind it and of the student's heads."""
     encoder: resnet.ResNet
-    hidden: int
-    embed: int
-    head_hidden: int
+    hidden: int  # hidden width of the projector
+    embed: int  # width E of the projection
+    head_hidden: int  # hidden width of the student's heads
 
 
 def init(key, model):
-    """(params, stats) of encoder and projector: Linear, batch norm, ReLU, Linear."""
+    """(params, stats) of an encoder and its projector: Linear, batch norm, ReLU, Linear. The last
+    layer has no bias, as in BYOL's code."""
     key_encoder, key_up, key_down = jax.random.split(key, 3)
     encoder, encoder_stats = resnet.resnet_init(key_encoder, model.encoder)
     norm, norm_stats = resnet.norm_init(model.hidden)
     projector = {"up": vit.dense_init(key_up, model.encoder.features, model.hidden), "norm": norm,
-                 "down": vit.dense_init(key_down, model.hidden, model.embed)}
+                 "down": {"w": vit.dense_init(key_down, model.hidden, model.embed)["w"]}}
     return ({"encoder": encoder, "projector": projector},
             {"encoder": encoder_stats, "projector": norm_stats})
 
 
 def project(params, stats, image_NHWC, model):
-    """(z [N, E], stats): encoder and projector in training mode, inside `pmap`: the batch norms are
-    over all devices. There is none behind the last layer."""
+    """(z [N, E], stats): encoder and projector in training mode, inside `pmap`. The batch norms
+    average over all devices. The last layer has none."""
     h_ND, encoder = resnet.resnet_apply(params["encoder"], stats["encoder"], image_NHWC,
                                         model.encoder, train=True)
     p = params["projector"]
     y, projector = resnet.batch_norm(p["norm"], stats["projector"], vit.dense(p["up"], h_ND), True)
-    return vit.dense(p["down"], jax.nn.relu(y)), {"encoder": encoder, "projector": projector}
+    return jax.nn.relu(y) @ p["down"]["w"], {"encoder": encoder, "projector": projector}
 
 
 def represent(net, image_NHWC, model):
-    """h [N, D] of images in [-1, 1]: a frozen encoder {'params', 'stats'} in evaluation mode."""
+    """h [N, D] of normalised images, by a frozen encoder {'params', 'stats'} in evaluation mode."""
     return resnet.resnet_apply(net["params"], net["stats"], image_NHWC, model.encoder,
                                train=False)[0]
 
 
 def unit(z):
-    return z * jax.lax.rsqrt(jnp.sum(jnp.square(z), -1, keepdims=True) + 1e-12)
+    """Rows divided by their length. A row of zeros stays zero and has a finite gradient."""
+    return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(z), -1, keepdims=True), 1e-12))
 
 
-def over(axis):
-    """(sum over the devices, rows of all devices), or nothing to do where no axis is named."""
-    if axis is None:
-        return (lambda v: v), (lambda v: v)
-    return (functools.partial(jax.lax.psum, axis_name=axis),
-            functools.partial(jax.lax.all_gather, axis_name=axis, tiled=True))
+def gather(x, axis=None):
+    """Rows of all devices along the mapped axis of that name, in order. None: there is one."""
+    return x if axis is None else jax.lax.all_gather(x, axis, tiled=True)
+
+
+def total(x, axis=None):
+    """Sum over all devices along the mapped axis of that name. None: there is one."""
+    return x if axis is None else jax.lax.psum(x, axis)
 
 
 def encoder_of(state):
-    """What is kept of a stage: {'params', 'stats'} of the online encoder."""
+    """What a stage leaves to the next: {'params', 'stats'} of its online encoder."""
     return {"params": state["learner"]["params"]["encoder"], "stats": state["stats"]["encoder"]}
 
 
 def forward_flops(model):
-    """FLOPs (a multiply-add is two) of one forward of one image: encoder, and with projector."""
+    """FLOPs in one forward of one image: (of the encoder, of the encoder with its projector). A
+    multiply-add counts as two."""
     D, encoder = model.encoder.features, resnet.resnet_flops(model.encoder)
     return encoder, encoder + 2 * model.hidden * (D + model.embed)
 
@@ -186,14 +191,17 @@ def forward_flops(model):
 
 
 def info_nce(q_NE, k_AE, temperature, same_AE=None, offset=0):
-    """(loss, hardness): the mean over rows i of -log softmax of q_i.k / tau at i's own k, with all
-    other rows of k as negatives, and those of `same_AE` (its own view's targets) if given.
-    hardness: the mean of log sum exp over the negatives alone. Rows are L2-normalised; row i of q
-    owns row offset + i of k."""
+    """(loss, hardness): InfoNCE of the online projections q against the targets k.
+
+    loss: the mean over rows i of -log softmax of q_i.k / tau at i's own row of k. The negatives of
+    i are all other rows of k and, if `same_AE` is given, all other rows of it (the targets of q's
+    own view). hardness: the mean of log sum exp over the negatives alone. All rows must be
+    L2-normalised. Row i of q owns row offset + i of k.
+    """
     own_NA = jax.nn.one_hot(offset + jnp.arange(len(q_NE)), len(k_AE), dtype=bool)
-    logits = jnp.einsum("ne,ae->na", q_NE, k_AE) / temperature
-    positive_N = jnp.sum(logits, axis=1, where=own_NA)
-    negatives = jnp.where(own_NA, -jnp.inf, logits)
+    logits_NA = jnp.einsum("ne,ae->na", q_NE, k_AE) / temperature
+    positive_N = jnp.sum(logits_NA, axis=1, where=own_NA)
+    negatives = jnp.where(own_NA, -jnp.inf, logits_NA)
     if same_AE is not None:
         same_NA = jnp.einsum("ne,ae->na", q_NE, same_AE) / temperature
         negatives = jnp.concatenate([negatives, jnp.where(own_NA, -jnp.inf, same_NA)], axis=1)
@@ -202,74 +210,76 @@ def info_nce(q_NE, k_AE, temperature, same_AE=None, offset=0):
 
 
 def moclr_loss(q1_NE, q2_NE, k1_NE, k2_NE, temperature, same_view_negatives=True, axis=None):
-    """(loss, hardness, which is only reported): InfoNCE of each view's online projections q [N, E]
-    against the other view's targets k [N, E], both ways, halved; all four are normalised here, and
-    no gradient reaches k. same_view_negatives: an image has the other images' targets of its own
-    view as negatives too. Inside `pmap` with `axis` named, the k are those of all devices, and this
-    is a device's part: averaged over the devices, its gradient is that of the whole batch's loss.
+    """(loss, hardness) of MoCLR: the mean of InfoNCE of view 1's online projections q against
+    view 2's targets k, and of view 2's q against view 1's k. The hardness is only reported.
+
+    All four are [N, E] and are normalised here. No gradient reaches k. same_view_negatives: the
+    other images' targets of an image's own view are negatives too. Inside `pmap`, `axis` names the
+    mapped axis: then the k of all devices are used, and the mean of this loss over the devices is
+    the loss of the whole batch. The same holds for its gradient.
     """
-    gather = over(axis)[1]
-    offset = jax.lax.axis_index(axis) * len(q1_NE) if axis else 0  # where this device's rows stand
+    offset = jax.lax.axis_index(axis) * len(q1_NE) if axis else 0  # of this device's first row
     q1_NE, q2_NE = unit(q1_NE), unit(q2_NE)
-    k1_AE, k2_AE = (gather(jax.lax.stop_gradient(unit(k))) for k in (k1_NE, k2_NE))
+    k1_AE, k2_AE = (gather(jax.lax.stop_gradient(unit(k)), axis) for k in (k1_NE, k2_NE))
     same = (k1_AE, k2_AE) if same_view_negatives else (None, None)
     ways = (info_nce(q1_NE, k2_AE, temperature, same[0], offset),
             info_nce(q2_NE, k1_AE, temperature, same[1], offset))
     return jax.tree.map(lambda a, b: 0.5 * (a + b), *ways)
 
 
-def ema_decay(step, total, m0):
-    """BYOL's, from m0 at step 0 to 1 at `total`: 1 - (1 - m0) (1 + cos(pi step / total)) / 2."""
-    return 1 - (1 - m0) * (1 + jnp.cos(jnp.pi * step / total)) / 2
+def ema_decay(step, total_steps, m0):
+    """Decay of the momentum encoder: 1 - (1 - m0) (1 + cos(pi step / total_steps)) / 2. It rises
+    from m0 at the start to 1 at the end (BYOL)."""
+    return 1 - (1 - m0) * (1 + jnp.cos(jnp.pi * step / total_steps)) / 2
 
 
-def ema(target, online, decay):
-    return jax.tree.map(lambda t, o: decay * t + (1 - decay) * o, target, online)
-
-
-def warmup_cosine(step, total, warmup, peak):
-    """0 to peak in a line over `warmup` steps, then half a cosine to 0 at `total`."""
-    progress = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1), 0, 1)
+def warmup_cosine(step, total_steps, warmup, peak):
+    """Learning rate: from 0 to `peak` along a line in `warmup` steps, then along half a cosine to 0
+    at `total_steps`."""
+    progress = jnp.clip((step - warmup) / jnp.maximum(total_steps - warmup, 1), 0, 1)
     return peak * jnp.where(step < warmup, step / jnp.maximum(warmup, 1),
                             (1 + jnp.cos(jnp.pi * progress)) / 2)
 
 
 def lars(weight_decay, *, trust=1e-3, momentum=0.9):
-    """LARS (You et al., 1708.03888; BYOL's constants) on kernels, the leaves named 'w' of nested
-    dicts: g = grad + wd w, u = rate trust |w| / |g| g (ratio 1 where a norm is 0), m = momentum m +
-    u, w = w - m. All other leaves (biases, norms) have neither decay nor ratio. The rate is given
-    at each step, `lars(wd).update(grads, opt, params, rate=rate)`, so that stages of different
-    length are one program."""
-    kernels = lambda params: jax.tree_util.tree_map_with_path(
+    """LARS as in BYOL's code, without the learning rate, which `update` applies.
+
+    g = gradient + weight_decay w, u = trust |w| / |g| g, m = momentum m + u. Where a norm is 0,
+    u = g. Only kernels, the leaves named 'w' of nested dicts, have decay and trust ratio. For
+    biases and norms u is the gradient.
+    """
+    is_kernel = lambda params: jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "w", params)
-    scale = optax.GradientTransformationExtraArgs(
-        lambda params: optax.EmptyState(),
-        lambda updates, state, params=None, *, rate, **_: (
-            jax.tree.map(lambda u: -rate * u, updates), state))
-    return optax.chain(optax.masked(optax.add_decayed_weights(weight_decay), kernels),
-                       optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), kernels),
-                       scale, optax.trace(momentum))
+    return optax.chain(optax.masked(optax.add_decayed_weights(weight_decay), is_kernel),
+                       optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), is_kernel),
+                       optax.trace(momentum))
 
 
 def update(learner, grads, optimiser, rate):
-    """One step of {'params', 'opt'}."""
-    updates, opt = optimiser.update(grads, learner["opt"], learner["params"], rate=rate)
-    return {"params": optax.apply_updates(learner["params"], updates), "opt": opt}
+    """One step of {'params', 'opt'}: w - rate m, where m is the optimiser's update.
+
+    The rate is an argument of every step, so that stages of different lengths share one program.
+    It stands outside the momentum, as in BYOL's code. Inside (You et al., 1708.03888), a step would
+    still move by rates of steps before, which differ most during the warm-up.
+    """
+    m, opt = optimiser.update(grads, learner["opt"], learner["params"])
+    return {"params": jax.tree.map(lambda w, m: w - rate * m, learner["params"], m), "opt": opt}
 
 
-def moclr_step(state, index, key, batch_N, *, model, optimiser, views, temperature,
-               same_view_negatives, peak, warmup, m0, n_classes):
-    """(state, metrics) after step `index` (from 0), inside `pmap`: of the base, or of an expert.
+def contrast_step(state, index, key, batch_N, *, model, optimiser, views, temperature,
+                  same_view_negatives, peak, warmup, m0, n_classes):
+    """(state, metrics) after step `index` (from 0) of MoCLR, inside `pmap`. It trains the base on
+    everything, and an expert on its cluster.
 
     Args:
       state: {'learner': {'params', 'opt'}, 'stats': running statistics of its batch norms,
-        'target': the momentum encoder's parameters, 'total': steps of this stage}. The target's
-        batch norms see its own batch's statistics, so that it has none to keep.
-      batch_N: 'image' uint8 [N, H, W, C]; 'label' [N], which is reported on only.
-      peak: learning rate after the warm-up, a fraction of the stage. m0: see `ema_decay`.
+        'target': the momentum encoder's parameters, 'total': number of steps of this stage}. The
+        target's batch norms use the statistics of its own batch, so none are kept for it.
+      batch_N: 'image' uint8 [N, H, W, C]; 'label' [N], which is only used for a metric.
+      peak: learning rate after the warm-up. warmup: a fraction of the stage. m0: see `ema_decay`.
     """
-    view1, view2 = augment.two_views(jax.random.fold_in(key, index), devices.places(batch_N),
-                                     batch_N["image"], views)
+    view1, view2 = augment.draw_views(jax.random.fold_in(key, index), devices.places(batch_N),
+                                      batch_N["image"], views, 2)
     k1_NE, k2_NE = (project(state["target"], state["stats"], v, model)[0] for v in (view1, view2))
 
     def loss_of(params):
@@ -282,17 +292,17 @@ def moclr_step(state, index, key, batch_N, *, model, optimiser, views, temperatu
     (loss, (hardness, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(
         state["learner"]["params"])
     loss, hardness, grads = devices.mean((loss, hardness, grads))
-    total = state["total"]
-    rate = warmup_cosine(index, total, jnp.round(warmup * total), peak)
+    rate = warmup_cosine(index, state["total"], jnp.round(warmup * state["total"]), peak)
     learner = update(state["learner"], grads, optimiser, rate)
-    target = ema(state["target"], learner["params"], ema_decay(index, total, m0))
-    classes = effective_classes(devices.gather(batch_N["label"]), n_classes)
-    return ({"learner": learner, "stats": stats, "target": target, "total": total},
+    target = optax.incremental_update(learner["params"], state["target"],
+                                      1 - ema_decay(index, state["total"], m0))
+    classes = effective_classes(gather(batch_N["label"], AXIS), n_classes)
+    return ({**state, "learner": learner, "stats": stats, "target": target},
             {"loss": loss, "hardness": hardness, "effective_classes": classes})
 
 
 def effective_classes(label_A, n_classes):
-    """exp of the entropy of a batch's labels: how many classes, equally common, it would take."""
+    """exp of the entropy of a batch's labels: so many equally common classes have that entropy."""
     p_C = jnp.bincount(label_A, length=n_classes) / len(label_A)
     return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(p_C, p_C)))
 
@@ -301,70 +311,96 @@ def effective_classes(label_A, n_classes):
 
 
 def kmeans(key, x_ND, k, *, restarts=10, iterations=20, valid_N=None, axis=None, tile=4096):
-    """(centres [K, D], inertia): the best of several runs of k-means++ and Lloyd. `nearest(x_ND,
-    centres_KD)` says which point is whose (where they lie far from the origin, take their mean from
-    both first). Want k <= N: a point can be one centre only.
+    """(centres [K, D], inertia): the best of several runs of k-means++ and Lloyd's iterations.
 
-    Never N x K x D: distances come a `tile` of rows at a time. Inside `pmap` with `axis` named, x
-    is a device's share, and all devices get the answer of one device that has the whole. valid_N:
-    0 for rows that only fill up, at the end of the whole; else 1.
+    `nearest(x_ND, centres_KD)` then assigns points to the centres. If they lie far from the origin,
+    subtract their mean from both first. Requires k <= N, because a point can be one centre only.
+
+    valid_N: 0 for rows that only fill up the last device's share, at the end of the whole; else 1.
+    Inside `pmap`, `axis` names the mapped axis and x is this device's share of the points. All
+    devices then return what one device with all points would. The memory is that of x and of a
+    `tile` of distances to the K centres, never of all distances.
     """
     valid_N = jnp.ones(len(x_ND)) if valid_N is None else valid_N.astype(jnp.float32)
-    total, _ = over(axis)
-    # about the mean, where |c|^2 - 2 x.c in `nearest` loses fewest digits
-    mean_D = total(valid_N @ x_ND) / total(valid_N.sum())
+    # distances lose fewest digits where the points lie around 0: see `nearest`
+    mean_D = total(valid_N @ x_ND, axis) / total(valid_N.sum(), axis)
     x_ND = (x_ND - mean_D) * valid_N[:, None]
 
     def once(key):
-        centres_KD = kmeans_plus_plus(jax.random.uniform(key, (k,)), x_ND, valid_N, axis)
+        draw_KJ = jax.random.uniform(key, (k, n_candidates(k)))
+        centres_KD = kmeans_plus_plus(draw_KJ, x_ND, valid_N, axis)
         centres_KD = lloyd(x_ND, centres_KD, iterations, valid_N, axis, tile)
-        return centres_KD, total(valid_N @ nearest(x_ND, centres_KD, valid_N, tile)[1])
+        return centres_KD, total(valid_N @ nearest(x_ND, centres_KD, valid_N, tile)[1], axis)
 
     centres_RKD, inertia_R = jax.lax.map(once, jax.random.split(key, restarts))
     best = jnp.argmin(inertia_R)
     return centres_RKD[best] + mean_D, inertia_R[best]
 
 
-def kmeans_plus_plus(draw_K, x_ND, valid_N, axis=None):
-    """First centres [K, D] (Arthur and Vassilvitskii, 2007), from uniform draws: each is a point,
-    chosen with probability in proportion to its squared distance to the nearest one so far: the
-    first point at which the running sum of those exceeds the draw's part of the whole."""
-    total, gather = over(axis)
-    first = jax.lax.axis_index(axis) * len(x_ND) if axis else 0
-    last = total(valid_N.sum()).astype(int) - 1
+def n_candidates(k):
+    """Candidates for each centre of k-means++: 2 + log K, as in the authors' experiments and in
+    scikit-learn."""
+    return 2 + int(math.log(k))
 
-    def point(mass_N, draw):
-        running_A = jnp.cumsum(gather(mass_N))
-        row = jnp.minimum(jnp.searchsorted(running_A, draw * running_A[-1], side="right"), last)
-        mine = (row >= first) & (row < first + len(x_ND))
-        return total(jnp.where(mine, x_ND[jnp.clip(row - first, 0, len(x_ND) - 1)], 0))
 
-    def add(near_N, draw):
-        centre_D = point(near_N, draw)
-        return jnp.minimum(near_N, valid_N * jnp.square(x_ND - centre_D).sum(1)), centre_D
+def kmeans_plus_plus(draw_KJ, x_ND, valid_N, axis=None):
+    """First centres [K, D] by greedy k-means++ (Arthur and Vassilvitskii, 2007).
 
-    centre_D = point(valid_N, draw_K[0])
-    near_N = valid_N * jnp.square(x_ND - centre_D).sum(1)
-    return jnp.concatenate([centre_D[None], jax.lax.scan(add, near_N, draw_K[1:])[1]])
+    The first centre is a random point. For every further one, J candidates are drawn from the
+    points. The probability of a point is proportional to its mass, the squared distance to its
+    nearest centre so far. The candidate that leaves the least sum of masses is the new centre.
+    draw_KJ: uniform in [0, 1). Only one draw is used for the first centre.
+    """
+    first_row = jax.lax.axis_index(axis) * len(x_ND) if axis else 0
+    last_row = total(valid_N.sum(), axis).astype(int) - 1  # of the valid rows of all devices
+    distance_N = lambda centre_D: valid_N * jnp.square(x_ND - centre_D).sum(1)
+
+    def points(mass_N, draw_J):
+        """The points [J, D] where the running sum of the masses first exceeds the draw's part of
+        the whole. Masses 1, 0, 3 have running sums 1, 1, 4: draws below 1/4 give the first point,
+        the others give the third, and no draw gives the second, which is a centre already."""
+        running_A = jnp.cumsum(gather(mass_N, axis))
+        row_J = jnp.searchsorted(running_A, draw_J * running_A[-1], side="right")
+        row_J = jnp.minimum(row_J, last_row) - first_row  # rounding may lead beyond the last row
+        mine_J = (row_J >= 0) & (row_J < len(x_ND))
+        # each row is on one device, so that the sum over all devices is that row
+        return total(jnp.where(mine_J[:, None], x_ND[row_J], 0), axis)
+
+    def add_centre(mass_N, draw_J):
+        centre_JD = points(mass_N, draw_J)
+        mass_JN = jnp.minimum(mass_N, jax.vmap(distance_N)(centre_JD))
+        left_J = total(mass_JN.sum(1), axis)
+        # Two points that only affect each other leave the same sum, whichever becomes a centre. The
+        # first of equal candidates is taken, and not the one that rounding favours.
+        best = jnp.argmax(left_J <= (1 + 1e-5) * left_J.min())
+        return mass_JN[best], centre_JD[best]
+
+    centre_1D = points(valid_N, draw_KJ[0, :1])
+    return jnp.concatenate([centre_1D, jax.lax.scan(
+        add_centre, distance_N(centre_1D), draw_KJ[1:])[1]])
 
 
 def lloyd(x_ND, centres_KD, iterations, valid_N, axis=None, tile=4096):
-    """Centres [K, D] after at most so many times: assign each point to its nearest centre, move
-    each centre to the mean of its points. It stops where no centre moves any more. Centres without
-    points take the points that are farthest from theirs, one each, in order."""
-    total, gather = over(axis)
+    """Centres [K, D] after Lloyd's iterations. Each one assigns every point to its nearest centre
+    and moves each centre to the mean of its points. They stop early once no centre moves.
+
+    A centre without points takes a point instead: the first such centre the point that is farthest
+    from its own centre, the second such centre the next one, and so on.
+    """
     K = len(centres_KD)
 
     def reseed(centres_KD, moved_KD, empty_K):
         distance_N = nearest(x_ND, centres_KD, valid_N, tile)[1]
+        # the farthest points of each device, and of these the farthest of all devices
         far_F, row_F = jax.lax.top_k(jnp.where(valid_N > 0, distance_N, -1), min(K, len(x_ND)))
-        order_K = jax.lax.top_k(gather(far_F), K)[1]  # of all devices' farthest
-        far_KD = gather(x_ND[row_F])[order_K]
+        order_K = jax.lax.top_k(gather(far_F, axis), K)[1]
+        far_KD = gather(x_ND[row_F], axis)[order_K]
         return jnp.where(empty_K[:, None], far_KD[jnp.cumsum(empty_K) - 1], moved_KD)
 
     def iteration(carry):
         i, centres_KD, _ = carry
-        sum_KD, count_K = map(total, nearest(x_ND, centres_KD, valid_N, tile)[2:])
+        _, _, sum_KD, count_K = nearest(x_ND, centres_KD, valid_N, tile)
+        sum_KD, count_K = total(sum_KD, axis), total(count_K, axis)
         moved_KD = sum_KD / jnp.maximum(count_K, 1)[:, None]
         moved_KD = jax.lax.cond(jnp.any(count_K == 0), reseed, lambda c, moved, e: moved,
                                 centres_KD, moved_KD, count_K == 0)
@@ -375,38 +411,50 @@ def lloyd(x_ND, centres_KD, iterations, valid_N, axis=None, tile=4096):
 
 
 def nearest(x_ND, centres_KD, valid_N=None, tile=4096):
-    """(index of each point's nearest centre [N], of equal ones the first; squared distance to it
-    [N]; sum [K, D] and number [K] of each centre's points), a tile of points at a time."""
-    valid_N = jnp.ones(len(x_ND)) if valid_N is None else valid_N
-    N, tile = len(x_ND), min(tile, len(x_ND))
-    K, norm_K, place_K = len(centres_KD), jnp.square(centres_KD).sum(1), jnp.arange(len(centres_KD))
+    """(index [N] of each point's nearest centre, squared distance to it [N], sum [K, D] and number
+    [K] of each centre's points). Of equally near centres the first counts.
+
+    It goes through a tile of points at a time. The last tile starts earlier than its turn, so that
+    it is full as well: 10 points in tiles of 4 are rows 0-3, 4-7 and 6-9, and of the last tile only
+    rows 8 and 9 are new. (To fill up the points instead would copy them all.)
+    """
+    N, K, tile = len(x_ND), len(centres_KD), min(tile, len(x_ND))
+    valid_N = jnp.ones(N) if valid_N is None else valid_N
+    norm_K = jnp.square(centres_KD).sum(1)
 
     def one(sums, start):
-        # the last tile reaches back into the one before: no copy of all points that fills it up
         at = jnp.minimum(start, N - tile)
         x_TD, valid_T = (jax.lax.dynamic_slice_in_dim(v, at, tile) for v in (x_ND, valid_N))
-        new_T = (at + jnp.arange(tile) >= start) & (valid_T > 0)
-        far_TK = norm_K - 2 * jnp.einsum("td,kd->tk", x_TD, centres_KD,
-                                         precision=jax.lax.Precision.HIGHEST)
-        least_T1 = far_TK.min(1, keepdims=True)  # twice as fast on CPUs as argmin
-        index_T = jnp.where(far_TK <= least_T1, place_K, K - 1).min(1)
+        counts_T = (at + jnp.arange(tile) >= start) & (valid_T > 0)
+        # |x - c|^2 without |x|^2, which does not change which centre is nearest. The difference
+        # loses digits where |c| is large compared with what tells the points apart.
+        score_TK = norm_K - 2 * jnp.einsum("td,kd->tk", x_TD, centres_KD,
+                                           precision=jax.lax.Precision.HIGHEST)
+        # the first centre with the least score: on CPUs twice as fast as argmin
+        is_least_TK = score_TK <= score_TK.min(1, keepdims=True)
+        index_T = jnp.where(is_least_TK, jnp.arange(K), K - 1).min(1)
         distance_T = jnp.square(x_TD - centres_KD[index_T]).sum(1)
-        own_T = jnp.where(new_T, index_T, K)  # K is no centre: left out of the sums
-        add = lambda v: jax.ops.segment_sum(v, own_T, K)
+        group_T = jnp.where(counts_T, index_T, K)  # group K is dropped by `segment_sum`
+        add = lambda v: jax.ops.segment_sum(v, group_T, K)
         return (sums[0] + add(x_TD), sums[1] + add(jnp.ones(tile))), (index_T, distance_T)
 
-    zero = jnp.zeros_like(centres_KD), jnp.zeros(K)
-    (sum_KD, count_K), parts = jax.lax.scan(one, zero, jnp.arange(0, N, tile))
+    zeros = jnp.zeros_like(centres_KD), jnp.zeros(K)
+    (sum_KD, count_K), parts = jax.lax.scan(one, zeros, jnp.arange(0, N, tile))
+    # all rows of all tiles but the last, and the new rows of the last
     index_N, distance_N = (jnp.concatenate([v[:-1].reshape(-1), v[-1, -N % tile:]]) for v in parts)
     return index_N, distance_N, sum_KD, count_K
 
 
 def kmeans_flops(n_fit, n_all, K, D, restarts, iterations):
-    """FLOPs of `kmeans` on n_fit points and of assigning n_all: 3 ND a new centre of k-means++; an
-    iteration 2 NKD for products, 3 ND for distances and ND for sums; no sums at the end. All
-    iterations are charged, also where `lloyd` stops early."""
+    """FLOPs of `kmeans` on n_fit points and of assigning n_all points.
+
+    A candidate of k-means++ costs 3 N D. An assignment costs 2 N K D for products and 3 N D for
+    distances, and an iteration N D more for sums. All iterations are counted, also those that
+    `lloyd` saves by stopping early.
+    """
     assign = lambda n: n * D * (2 * K + 3)
-    return restarts * (3 * n_fit * K * D + iterations * (assign(n_fit) + n_fit * D)
+    candidates = 1 + (K - 1) * n_candidates(K)
+    return restarts * (3 * n_fit * D * candidates + iterations * (assign(n_fit) + n_fit * D)
                        + assign(n_fit)) + assign(n_all)
 
 
@@ -414,23 +462,24 @@ def kmeans_flops(n_fit, n_all, K, D, restarts, iterations):
 
 
 def divide(key, h_ND, k, *, examples, restarts, iterations, seed):
-    """(cluster [N] of each representation, seconds): fitted on at most so many, all assigned."""
+    """(cluster [N] of each representation, seconds). k-means is fitted on a random part of at most
+    `examples`, and then all N are assigned. The time to compile does not count."""
     fit = np.sort(np.random.default_rng((seed, 4)).permutation(len(h_ND))[:examples])
 
-    def padded(x_ND):
-        """This host's rows, filled up to a multiple of the devices, and which are real."""
+    def sharded(x_ND):
+        """This host's rows, filled up to a multiple of the devices, and which of them are valid."""
         rows = -(-len(x_ND) // jax.device_count()) * jax.local_device_count()
         mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-        real = np.arange(rows) + mine.start < len(x_ND)
+        valid = np.arange(rows) + mine.start < len(x_ND)
         return devices.shard({"x": np.pad(x_ND[mine], ((0, rows - len(x_ND[mine])), (0, 0))),
-                              "valid": real})
+                              "valid": valid})
 
     fitted = devices.Program(lambda key, b: kmeans(
         key, b["x"], k, restarts=restarts, iterations=iterations, valid_N=b["valid"],
         axis=AXIS)[0], (None, 0))
-    assigned = devices.Program(lambda centres_KD, b: devices.gather(
-        nearest(b["x"], centres_KD, b["valid"])[0]), (None, 0))
-    some, every = padded(h_ND[fit]), padded(h_ND)
+    assigned = devices.Program(lambda centres_KD, b: gather(
+        nearest(b["x"], centres_KD, b["valid"])[0], AXIS), (None, 0))
+    some, every = sharded(h_ND[fit]), sharded(h_ND)
     fitted.compile(key, some)
     assigned.compile(np.zeros((k, h_ND.shape[1]), np.float32), every)
     begin = time.perf_counter()
@@ -439,12 +488,14 @@ def divide(key, h_ND, k, *, examples, restarts, iterations, seed):
 
 
 def clusters(path, key, base, forward, pool, batch_size, k, **how):
-    """(cluster [N] of every example of a pool, seconds): k-means of the frozen base's
-    representations (evaluation mode, the whole image, L2-normalised); from the file `path`, or into
-    it."""
+    """(cluster [N] of every example of a pool, seconds): k-means of what the frozen base says.
+
+    The representations are those of the whole image in evaluation mode, L2-normalised. If there is
+    a file `path`, the clusters are read from it; otherwise they are written into it.
+    """
     def make():
-        got, seconds = features(base, forward, pool, batch_size)
-        cluster_N, took = divide(key, probe.unit(got["h"]), k, **how)
+        out, seconds = features(base, forward, pool, batch_size)
+        cluster_N, took = divide(key, probe.unit(out["h"]), k, **how)
         return {"cluster": cluster_N, "sha256": np.array(stage.digest(cluster_N))}, seconds + took
     arrays, seconds = stage.cached(path, base, pool, make, "assignment", clusters=k)
     check_hash(arrays, path)
@@ -457,34 +508,42 @@ def check_hash(arrays, path):
 
 
 def partition(arm, cluster_N, label_N, k, seed):
-    """The arm's clusters [N]: k-means'; as many of each size at random; or whole classes, the
-    largest first, each to the group that is smallest so far."""
+    """Cluster [N] of each example in an arm.
+
+    dnc keeps the clusters of k-means. dnc_random shuffles them among the examples, so that their
+    sizes stay. dnc_oracle groups whole classes: the largest class first, each class joins the group
+    that has the fewest examples so far.
+    """
     if arm == "dnc_random":
         return np.random.default_rng((seed, 5)).permutation(cluster_N)
     if arm == "dnc_oracle":
-        count_C, held, group_C = np.bincount(label_N), np.zeros(k, int), {}
+        count_C, count_K, group_C = np.bincount(label_N), np.zeros(k, int), {}
         for c in np.argsort(-count_C, kind="stable"):
-            group_C[c] = held.argmin()
-            held[group_C[c]] += count_C[c]
+            group_C[c] = count_K.argmin()
+            count_K[group_C[c]] += count_C[c]
         return np.array([group_C[c] for c in label_N], np.int32)
     return cluster_N
 
 
 def expert_steps(sizes, total_steps):
-    """Steps of each expert, in proportion to its cluster's size. (So we read "epochs in
-    proportion": they are of the whole set. Over its own cluster each expert goes equally often.)
-    They add up exactly: rounded down, and one more for the largest remainders."""
-    whole = sum(int(s) for s in sizes)
-    steps = [total_steps * int(s) // whole for s in sizes]
-    rest = [total_steps * int(s) % whole for s in sizes]
-    for j in sorted(range(len(steps)), key=lambda j: -rest[j])[:total_steps - sum(steps)]:
+    """Steps of each expert, in proportion to the size of its cluster.
+
+    This is how we read "epochs in proportion": the epochs are of the whole set. Over its own
+    cluster every expert goes equally often. The shares are rounded down, and those with the largest
+    remainders get one step more, so that all steps are used.
+    """
+    N = sum(int(size) for size in sizes)
+    steps = [total_steps * int(size) // N for size in sizes]
+    remainder = [total_steps * int(size) % N for size in sizes]
+    for j in sorted(range(len(steps)), key=lambda j: -remainder[j])[:total_steps - sum(steps)]:
         steps[j] += 1
     return steps
 
 
 def expert_batches(pool, cluster_N, j, **how):
-    """`data.batches` of cluster j alone, so that every negative is of the same cluster. A cluster
-    smaller than a batch goes round within it: then copies of an image are its negatives too."""
+    """`data.batches` of cluster j alone, so that every negative is from the same cluster. If the
+    cluster is smaller than a batch, its images repeat within a batch: then copies of an image are
+    among its negatives."""
     return data.batches(pool.subset(pool.ids[cluster_N == j]), wrap=True, **how)
 
 
@@ -492,7 +551,8 @@ def expert_batches(pool, cluster_N, j, **how):
 
 
 def student_init(key, model, n_experts):
-    """(params, stats): an encoder, and K + 1 regression heads, Linear, ReLU, Linear to D."""
+    """(params, stats) of the student: an encoder and K + 1 regression heads. A head is Linear,
+    ReLU, Linear to the width D of the teachers' representations."""
     key_encoder, key_heads = jax.random.split(key)
     params, stats = resnet.resnet_init(key_encoder, model.encoder)
     D, heads = model.encoder.features, {}
@@ -505,14 +565,18 @@ def student_init(key, model, n_experts):
 
 
 def head(p, h_ND):
+    """A regression head: the prediction [N, D] of a teacher's representation."""
     return vit.dense(p["down"], jax.nn.relu(vit.dense(p["up"], h_ND)))
 
 
 def distil_loss(base_ND, heads_NKD, to_base_ND, to_own_ND, cluster_N):
-    """Mean over images of (2 - 2 cos(base head, base) + 2 - 2 cos(own head, own expert)) / 2, where
-    equal weights are recalled, not read. heads_NKD: of the K expert heads, of which only that of an
-    image's cluster is read; None: there are no experts, and the base's term is alone. No gradient
-    reaches the targets."""
+    """Mean over images of (2 - 2 cos(base head, base) + 2 - 2 cos(own head, own expert)) / 2. The
+    equal weights are recalled, not read in the paper.
+
+    base_ND: predictions of the base head. heads_NKD: predictions of the K expert heads, of which
+    only that of an image's cluster is used. None: there are no experts, and only the base's term
+    remains. to_base_ND, to_own_ND: the targets, to which no gradient flows.
+    """
     regress = lambda y, t: 2 - 2 * jnp.einsum("nd,nd->n", unit(y), jax.lax.stop_gradient(unit(t)))
     loss_N = regress(base_ND, to_base_ND)
     if heads_NKD is not None:
@@ -522,84 +586,88 @@ def distil_loss(base_ND, heads_NKD, to_base_ND, to_own_ND, cluster_N):
 
 
 def own_expert(experts, image_NHWC, cluster_N, model):
-    """h [N, D]: each image through its own cluster's expert; experts: frozen encoders stacked [K].
+    """h [N, D] of each image by the expert of its own cluster.
 
-    Rows are sorted by cluster and cut into blocks of one cluster each, as many as any mix of
-    clusters can need; a block looks up its expert. All K experts on all images would be K N
-    forwards: this is rows x blocks of `block_shape`, a quarter more than N at most.
+    All K experts on all images would cost K N forwards. Instead the images are sorted by cluster
+    and cut into blocks, each of a single cluster, and a block goes through its expert. The blocks
+    hold at most a quarter more than N images (`block_shape`). experts: frozen encoders, stacked
+    [K, ...].
+
+    Example: the clusters of 4 images are 1, 0, 1, 1, and a block has 2 slots. Sorted by cluster
+    they are images 1, 0, 2, 3. The blocks are (1, -) for expert 0, and (0, 2) and (3, -) for expert
+    1. So the sorted images are in slots 0, 2, 3, 4. Slots 1 and 5 are empty: they are computed for
+    image 0, and nothing reads the result.
     """
     N, K = len(image_NHWC), len(jax.tree.leaves(experts)[0])
     size, n_blocks = block_shape(N, K)
     count_K = jnp.bincount(cluster_N, length=K)
-    blocks_K = -(-count_K // size)
+    blocks_K = -(-count_K // size)  # rounded up: (1, 2) in the example
     order_N = jnp.argsort(cluster_N)
     sorted_N = cluster_N[order_N]
+    # a sorted image's slot: where its cluster's first block begins, plus its rank in the cluster
     rank_N = jnp.arange(N) - (jnp.cumsum(count_K) - count_K)[sorted_N]
     slot_N = (jnp.cumsum(blocks_K) - blocks_K)[sorted_N] * size + rank_N
-    row_S = jnp.zeros(n_blocks * size, int).at[slot_N].set(order_N)  # what is left reads row 0
+    image_S = jnp.zeros(n_blocks * size, int).at[slot_N].set(order_N)
+    # block b belongs to the first cluster whose blocks end behind b; blocks at the end may be idle
     expert_B = jnp.searchsorted(jnp.cumsum(blocks_K), jnp.arange(n_blocks), side="right")
     expert_B = jnp.minimum(expert_B, K - 1)
 
-    def block(expert_and_rows):
-        expert, rows = expert_and_rows
-        return represent(jax.tree.map(lambda x: x[expert], experts), image_NHWC[rows], model)
+    def block(expert_and_images):
+        expert, images = expert_and_images
+        return represent(jax.tree.map(lambda x: x[expert], experts), image_NHWC[images], model)
 
-    h_SD = einops.rearrange(jax.lax.map(block, (expert_B, row_S.reshape(n_blocks, size))),
-                            "b s d -> (b s) d")
-    return h_SD[jnp.zeros(N, int).at[order_N].set(slot_N)]
+    h_BSD = jax.lax.map(block, (expert_B, einops.rearrange(image_S, "(b s) -> b s", s=size)))
+    h_SD = einops.rearrange(h_BSD, "b s d -> (b s) d")
+    return h_SD[jnp.zeros(N, int).at[order_N].set(slot_N)]  # back in the order of the images
 
 
 def block_shape(n, k):
-    """(rows of a block, number of blocks that k clusters of n rows can need at most)."""
+    """(slots of a block, number of blocks). n images of k clusters never need more blocks: each
+    cluster leaves at most size - 1 slots empty."""
     size = max(1, n // (4 * k))
     return size, (n + k * (size - 1)) // size
 
 
-def distil_step(state, index, key, batch_N, *, model, optimiser, views, n_views, peak, warmup):
-    """(state, metrics) after step `index` (from 0), inside `pmap`.
+def distil_step(state, index, key, batch_N, *, model, optimiser, views, peak, warmup):
+    """(state, metrics) after step `index` (from 0) of distillation, inside `pmap`.
 
-    Teachers see the very view that the student sees: a target for a crop that the student was not
-    shown would ask it to guess ("consistent teaching", Beyer et al., 2106.05237). They are frozen,
-    and in evaluation mode.
+    The teachers see the very view that the student sees: a target from another crop would ask the
+    student to guess ("consistent teaching", Beyer et al., 2106.05237). They are frozen and in
+    evaluation mode.
 
     Args:
-      state: {'learner': {'params', 'opt'}, 'stats', 'total': as of `moclr_step`, 'base': {'params',
-        'stats'}, 'experts': the same, stacked [K, ...], or absent}.
-      batch_N: 'image' uint8 [N, H, W, C], 'cluster' [N] where there are experts.
+      state: {'learner': {'params', 'opt'}, 'stats' and 'total' as in `contrast_step`, 'base':
+        {'params', 'stats'}, 'experts': the same, stacked [K, ...], or absent}.
+      batch_N: 'image' uint8 [N, H, W, C]; 'cluster' [N] if there are experts.
+      views: only the first view is used.
     """
-    shown = augment.two_views(jax.random.fold_in(key, index), devices.places(batch_N),
-                              batch_N["image"], views)[:n_views]
+    view, = augment.draw_views(jax.random.fold_in(key, index), devices.places(batch_N),
+                               batch_N["image"], views, 1)
     cluster_N, experts = batch_N.get("cluster"), state.get("experts")
-    targets = [(represent(state["base"], view, model),
-                own_expert(experts, view, cluster_N, model) if experts else None)
-               for view in shown]
+    to_base_ND = represent(state["base"], view, model)
+    to_own_ND = own_expert(experts, view, cluster_N, model) if experts else None
 
     def loss_of(params):
-        loss, stats = 0.0, state["stats"]
-        for view, (to_base_ND, to_own_ND) in zip(shown, targets):
-            h_ND, encoder = resnet.resnet_apply(params["encoder"], stats["encoder"], view,
-                                                model.encoder, train=True)
-            heads = {name: head(p, h_ND) for name, p in params["heads"].items()}
-            heads_NKD = jnp.stack([heads[f"expert{j}"] for j in range(len(heads) - 1)],
-                                  axis=1) if experts else None
-            loss += distil_loss(heads["base"], heads_NKD, to_base_ND, to_own_ND, cluster_N)
-            stats = {"encoder": encoder}
-        return loss / n_views, stats
+        h_ND, stats = resnet.resnet_apply(params["encoder"], state["stats"]["encoder"], view,
+                                          model.encoder, train=True)
+        heads = {name: head(p, h_ND) for name, p in params["heads"].items()}
+        heads_NKD = jnp.stack([heads[f"expert{j}"] for j in range(len(heads) - 1)],
+                              axis=1) if experts else None
+        return distil_loss(heads["base"], heads_NKD, to_base_ND, to_own_ND, cluster_N), stats
 
     (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state["learner"]["params"])
     loss, grads = devices.mean((loss, grads))
-    total = state["total"]
-    rate = warmup_cosine(index, total, jnp.round(warmup * total), peak)
+    rate = warmup_cosine(index, state["total"], jnp.round(warmup * state["total"]), peak)
     learner = update(state["learner"], grads, optimiser, rate)
-    return {**state, "learner": learner, "stats": stats}, {"loss": loss}
+    return {**state, "learner": learner, "stats": {"encoder": stats}}, {"loss": loss}
 
 
 # ------------------------------------------------------------------------------------ the bill
 
 
 def plan(arm, steps, fractions, flops_steps=0):
-    """Steps of the stages {'base', 'experts', 'distil'} of an arm; all arms but `moclr_flops` have
-    as many in all. Without experts, the student has their steps."""
+    """{'base', 'experts', 'distil'}: steps of the stages of an arm. They add up to `steps`, and for
+    `moclr_flops` to `flops_steps`. Without experts, the student gets the experts' steps as well."""
     if arm in ("moclr", "moclr_flops"):
         return {"base": flops_steps if arm == "moclr_flops" else steps, "experts": 0, "distil": 0}
     base, experts = (round(f * steps) for f in fractions[:2])
@@ -608,25 +676,27 @@ def plan(arm, steps, fractions, flops_steps=0):
             "distil": distil if arm in DIVIDES else distil + experts}
 
 
-def step_flops(role, b, model, *, K=0, n_views=1):
-    """FLOPs of one step of b images: MoCLR is two views, each 3 forwards online (a training step)
-    and 1 of the target; distillation 3 of the student and its K + 1 heads and 1 of the base, and
-    what `own_expert` runs on one device (on more, its blocks are smaller and as well filled)."""
+def step_flops(role, b, model, *, K=0):
+    """FLOPs of one step of b images. A training step is three forwards (one and its backward).
+
+    MoCLR: for each of two views, a training step online and a forward of the target. Distillation:
+    a training step of the student with its K + 1 heads, a forward of the base, and the forwards of
+    `own_expert` on one device (on more, its blocks are smaller and as well filled).
+    """
     F, F_projected = forward_flops(model)
     if role in ("base", "experts"):
-        return 2 * 4 * b * F_projected
+        return 2 * (3 + 1) * b * F_projected
     assert role == "distillation", role
     F_heads = (K + 1) * 4 * model.encoder.features * model.head_hidden
     own = math.prod(block_shape(b, K)) if K else 0
-    return n_views * (3 * b * (F + F_heads) + b * F + own * F)
+    return 3 * b * (F + F_heads) + b * F + own * F
 
 
-def declared_flops(arm, steps, b, model, *, K, n_all, n_fit, restarts, iterations, n_views):
-    """FLOPs by role of a whole arm with these `steps` by stage. The random control pays for the
-    clusters, whose sizes it has; the oracle is given them."""
-    n_experts = K if arm in DIVIDES else 0
+def declared_flops(arm, steps, b, model, *, K, n_all, n_fit, restarts, iterations):
+    """{role: FLOPs} of a whole arm, whose stages have these `steps`. dnc_random pays for the
+    clusters too, because it uses their sizes. dnc_oracle gets its groups for nothing."""
     stages = {"base": step_flops("base", b, model), "experts": step_flops("experts", b, model),
-              "distil": step_flops("distillation", b, model, K=n_experts, n_views=n_views)}
+              "distil": step_flops("distillation", b, model, K=K if arm in DIVIDES else 0)}
     clusters = n_all * forward_flops(model)[0] + kmeans_flops(
         n_fit, n_all, K, model.encoder.features, restarts, iterations)
     return {"base": steps["base"] * stages["base"],
@@ -639,20 +709,20 @@ def declared_flops(arm, steps, b, model, *, K, n_all, n_fit, restarts, iteration
 
 
 def make_forward(model):
-    """Program (frozen encoder, sharded batch) -> features 'h' and what came along, gathered. The
-    view that is clustered and evaluated is the whole image (of an oblong one the centre square, cut
-    when it is read)."""
+    """Program (frozen encoder, sharded batch) -> features 'h' and everything in the batch but the
+    image, gathered from all devices. What is clustered and evaluated is the whole image (of an
+    oblong one the centre square, which is cut when it is read)."""
     def forward(net, batch):
-        h_ND = represent(net, 2 * augment.rgb(batch["image"]) - 1, model)
-        return {**{k: devices.gather(v) for k, v in batch.items() if k != "image"},
-                "h": devices.gather(h_ND)}
+        h_ND = represent(net, augment.normalise(augment.rgb(batch["image"])), model)
+        out = {k: v for k, v in batch.items() if k != "image"} | {"h": h_ND}
+        return {k: gather(v, AXIS) for k, v in out.items()}
     return devices.Program(forward, in_axes=(None, 0))
 
 
 def features(net, forward, pool, batch_size):
     """({'h': features, 'label'} of a whole pool in the order of its ids, seconds)."""
     parts = list(stage.forward_all(net, forward, pool, batch_size))
-    return ({k: np.concatenate([got[k] for got, _ in parts]) for k in ("h", "label")},
+    return ({k: np.concatenate([out[k] for out, _ in parts]) for k in ("h", "label")},
             sum(seconds for _, seconds in parts))
 
 
@@ -702,7 +772,6 @@ def check(config, typed=()):
     want(config.batch_size >= 2, "batch_size", "at least 2: a negative for each image")
     want(config.kmeans_examples >= config.clusters, "kmeans_examples",
          f"at least one for each of {config.clusters} clusters")
-    want(config.distil_views in (1, 2), "distil_views", "1 or 2")
     want(config.temperature > 0, "temperature", "more than 0")
     want(config.class_cap >= 0, "class_cap", "at least 0")
     for flag in ("learning_rate", "distil_learning_rate", "crop_area"):
@@ -749,15 +818,16 @@ def training_pool(source, label_N, seed, class_cap=0):
     return pool.subset(pool.ids[kept]), label_N[kept]
 
 
-def new_state(key, model, optimiser, total, given=None):
-    """State of `moclr_step`, from scratch or from the parameters and statistics of `given`."""
-    params, stats = (given["learner"]["params"], given["stats"]) if given else init(key, model)
+def new_state(key, model, optimiser, n_steps, start_from=None):
+    """State of `contrast_step`, from scratch or from the parameters and statistics of another."""
+    params, stats = (start_from["learner"]["params"], start_from["stats"]) if start_from else init(
+        key, model)
     return {"learner": {"params": params, "opt": optimiser.init(params)}, "stats": stats,
-            "target": params, "total": np.int32(total)}
+            "target": params, "total": np.int32(n_steps)}
 
 
-def new_student(key, model, optimiser, total, base, experts=(), from_base=False):
-    """State of `distil_step`, its frozen teachers among it."""
+def new_student(key, model, optimiser, n_steps, base, experts=(), from_base=False):
+    """State of `distil_step`. The frozen teachers are part of it."""
     params, stats = student_init(key, model, len(experts))
     if from_base:
         params["encoder"], stats["encoder"] = base["params"], base["stats"]
@@ -765,7 +835,7 @@ def new_student(key, model, optimiser, total, base, experts=(), from_base=False)
     if experts:
         teachers["experts"] = jax.tree.map(lambda *x: np.stack(x), *experts)
     return {"learner": {"params": params, "opt": optimiser.init(params)}, "stats": stats,
-            "total": np.int32(total), **teachers}
+            "total": np.int32(n_steps), **teachers}
 
 
 def check_data(config, source, pools):
@@ -795,7 +865,7 @@ def budget(config, model, N):
     flops = declared_flops(
         "dnc", steps, config.batch_size, model, K=config.clusters, n_all=N,
         n_fit=min(config.kmeans_examples, N), restarts=config.restarts,
-        iterations=config.kmeans_iterations, n_views=config.distil_views)
+        iterations=config.kmeans_iterations)
     equal = max(1, round(sum(flops.values()) / step_flops("base", config.batch_size, model)))
     return ({arm: plan(arm, config.steps, fractions, equal) for arm in config.arms},
             flops["clustering"])
@@ -816,17 +886,17 @@ def make_steps(config, model, n_classes):
     shared = dict(model=model, optimiser=lars(config.weight_decay), warmup=config.warmup)
     views = augment.Views(config.crop_area, config.jitter, tuple(config.blur),
                           tuple(config.solarise))
-    # one view alone has the two's mean probabilities: BYOL's first view is always blurred
+    # Distillation has one view. BYOL's first view is always blurred, so that single view has the
+    # mean probabilities of the two.
     mean = lambda p: (sum(p) / 2,) * 2
-    shown = views if config.distil_views == 2 else dataclasses.replace(
-        views, blur=mean(views.blur), solarise=mean(views.solarise))
+    single = dataclasses.replace(views, blur=mean(views.blur), solarise=mean(views.solarise))
     program = lambda step, **knobs: devices.Program(functools.partial(step, **shared, **knobs),
                                                     (None, None, None, 0), donate=True)
     scale = config.batch_size / 256
-    return {"moclr": program(moclr_step, views=views, temperature=config.temperature,
+    return {"moclr": program(contrast_step, views=views, temperature=config.temperature,
                              m0=config.m0, peak=config.learning_rate * scale, n_classes=n_classes,
                              same_view_negatives=config.same_view_negatives),
-            **{("distil", n): program(distil_step, views=shown, n_views=config.distil_views,
+            **{("distil", n): program(distil_step, views=single,
                                       peak=config.distil_learning_rate * scale)
                for n in (0, config.clusters)}}
 
@@ -867,7 +937,7 @@ def main():
         n_experts = len(state["learner"]["params"].get("heads", [0])) - 1
         state = stage.fit(
             name, seed, programs[program], state, key, load, steps=steps, batch_size=b, n_scored=b,
-            per_step={role: step_flops(role, b, model, K=n_experts, n_views=config.distil_views)},
+            per_step={role: step_flops(role, b, model, K=n_experts)},
             one_off={}, setup_seconds=0.0, metrics_of=metrics_of, at_end=at_end, before=before,
             config=config, metrics_file=metrics_file, stop=stop)
         return state, metrics_file.last(name, seed) if jax.process_index() == 0 else None

@@ -35,7 +35,7 @@ def main(_):
     model = dnc.Model(resnet.ResNet(F.model, F.image_size), F.hidden, F.embed, F.hidden)
     optimiser = dnc.lars(1.5e-6)
     step = functools.partial(
-        dnc.moclr_step, model=model, optimiser=optimiser, warmup=0.0, temperature=0.1, m0=0.97,
+        dnc.contrast_step, model=model, optimiser=optimiser, warmup=0.0, temperature=0.1, m0=0.97,
         views=augment.Views(0.2, 0.5, (0, 0), (0, 0)), peak=1.0, n_classes=100,
         same_view_negatives=True)
     state = devices.to_host(dnc.new_state(jax.random.key(0), model, optimiser, 1000))

@@ -37,7 +37,8 @@ def main(_):
     F = flags.FLAGS
     x = jax.jit(points, static_argnums=(1, 2, 3))(jax.random.key(0), F.points, F.width, F.clusters)
     start = np.asarray(dnc.kmeans_plus_plus(
-        jax.random.uniform(jax.random.key(1), (F.clusters,)), x, jnp.ones(F.points)))
+        jax.random.uniform(jax.random.key(1), (F.clusters, dnc.n_candidates(F.clusters))), x,
+        jnp.ones(F.points)))
 
     def ours(x, centres):
         centres = dnc.lloyd(x, centres, F.iterations, jnp.ones(len(x)), tile=F.tile)

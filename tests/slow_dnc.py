@@ -1,12 +1,13 @@
 """Slow reference for "Divide and Contrast" (Tian, Henaff, van den Oord, arXiv 2105.08054).
 
-Float64 numpy and plain loops, one function per equation, written from a digest of the paper and the
-usual definitions of SimCLR, BYOL, LARS and k-means, without looking at the implementation under
-test. Letters: B images in a batch, E projection width, N points, D their width, k centres or
+Float64 numpy and plain loops, one function per equation. They were written from a digest of the
+paper and from the usual definitions of SimCLR, BYOL, LARS and k-means, not from the implementation
+under test. Letters: B images in a batch, E projection width, N points, D their width, k centres or
 neighbours, K experts, tau a temperature, F one encoder forward. `python tests/slow_dnc.py` checks
-it against values known by hand.
+the functions against values known by hand.
 """
 
+import colorsys
 import math
 
 import numpy as np
@@ -44,6 +45,58 @@ def _log_sum_exp(row):
     """log sum_j exp(row_j), shifted by the largest entry."""
     top = max(float(x) for x in row)
     return top + math.log(sum(math.exp(float(x) - top) for x in row))
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def jitter(image, order, brightness, contrast, saturation, hue):
+    """BYOL's colour jitter of an image [H, W, 3] in [0, 1]. `order` lists the changes by number:
+    0 adds `brightness`; 1 scales each channel about its own mean; 2 scales the saturation of HSV,
+    at most up to 1; 3 adds to the hue of HSV. After each change the colours are clipped."""
+    image = np.array(image, np.float64)
+
+    def in_hsv(change):
+        return np.array([[colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*pixel)))
+                          for pixel in row] for row in image])
+
+    for kind in order:
+        if kind == 0:
+            image = image + brightness
+        elif kind == 1:
+            for c in range(3):
+                mean = sum(float(v) for v in image[..., c].ravel()) / image[..., c].size
+                image[..., c] = contrast * (image[..., c] - mean) + mean
+        elif kind == 2:
+            image = in_hsv(lambda h, s, v: (h, min(s * saturation, 1.0), v))
+        else:
+            image = in_hsv(lambda h, s, v: ((h + hue) % 1.0, s, v))
+        image = np.clip(image, 0, 1)
+    return image
+
+
+def grey(image):
+    """All three channels .2989 red + .587 green + .114 blue."""
+    out = np.zeros(np.shape(image), np.float64)
+    for c in range(3):
+        out[..., c] = 0.2989 * image[..., 0] + 0.587 * image[..., 1] + 0.114 * image[..., 2]
+    return out
+
+
+def blur(image, sigma, radius):
+    """Gaussian blur of [H, W, C] with 2 radius + 1 weights each way. Beyond the edge is black."""
+    offsets = range(-radius, radius + 1)
+    whole = sum(math.exp(-(d**2) / (2 * sigma**2)) for d in offsets)
+    weight = {d: math.exp(-(d**2) / (2 * sigma**2)) / whole for d in offsets}
+    height, width, _ = np.shape(image)
+    out = np.zeros(np.shape(image), np.float64)
+    for i in range(height):
+        for j in range(width):
+            for di in offsets:
+                for dj in offsets:
+                    if 0 <= i + di < height and 0 <= j + dj < width:
+                        out[i, j] += weight[di] * weight[dj] * image[i + di, j + dj]
+    return out
 
 
 # ---------------------------------------------------------------- contrastive loss (base, experts)
@@ -109,9 +162,9 @@ def lars_step(
     momentum_coefficient=0.9,
     excluded=(),
 ):
-    """LARS (You et al., 1708.03888): one update -> (params, momentum), dicts of arrays.
+    """LARS as in BYOL's code: one update -> (params, momentum), dicts of arrays.
 
-    g = grad + wd w, u = lr (trust |w| / |g|) g, m = mu m + u, w = w - m, the rate being inside the
+    g = grad + wd w, u = (trust |w| / |g|) g, m = mu m + u, w = w - lr m. The rate is outside the
     momentum. The ratio is 1 if either norm is 0. Names in `excluded` have no decay and ratio 1.
     """
     new_params, new_momentum = {}, {}
@@ -122,9 +175,9 @@ def lars_step(
             g = g + weight_decay * w
             if _norm(w) > 0 and _norm(g) > 0:
                 ratio = trust * _norm(w) / _norm(g)
-        u = lr * ratio * g
+        u = ratio * g
         new_momentum[name] = momentum_coefficient * np.asarray(momentum[name], np.float64) + u
-        new_params[name] = w - new_momentum[name]
+        new_params[name] = w - lr * new_momentum[name]
     return new_params, new_momentum
 
 
@@ -164,38 +217,49 @@ def batch_norm(x, scale, bias, eps=1e-5):
     return out
 
 
-def batch_norm_running(mean, var, x, decay=0.9):
-    """The statistics kept for evaluation: decay old + (1 - decay) batch -> (mean, var).
+def batch_norm_running(batches, decay=0.9):
+    """The statistics kept for evaluation after these batches -> (mean, var), as in haiku.
 
-    The batch's variance is the biased one here too.
+    hidden = decay hidden + (1 - decay) batch, from 0; divided by 1 - decay^n after n batches. The
+    batch's variance is the biased one here too.
     """
-    batch_mean, batch_var = _moments(x)
-    new_mean = decay * np.asarray(mean, np.float64) + (1 - decay) * batch_mean
-    new_var = decay * np.asarray(var, np.float64) + (1 - decay) * batch_var
-    return new_mean, new_var
+    mean, var = 0.0, 0.0
+    for x in batches:
+        batch_mean, batch_var = _moments(x)
+        mean = decay * mean + (1 - decay) * batch_mean
+        var = decay * var + (1 - decay) * batch_var
+    return mean / (1 - decay ** len(batches)), var / (1 - decay ** len(batches))
 
 
 # ---------------------------------------------------------------- divide
 
 
 def kmeans_plus_plus(x, k, draws):
-    """k-means++ (Arthur and Vassilvitskii, 2007) from given uniforms in [0, 1): k indices.
+    """Greedy k-means++ (Arthur and Vassilvitskii, 2007) from uniforms [k, J] in [0, 1): k indices.
 
-    The first is floor(draws[0] N). The c-th is the first whose running sum of D^2, the squared
-    distance to the nearest centre so far, exceeds draws[c] times the whole sum.
+    The first is floor(draws[0][0] N). For the c-th there is a candidate for each of draws[c]: the
+    first point whose running sum of D^2, the squared distance to the nearest centre so far, exceeds
+    the draw times the whole sum. The candidate with the least sum of D^2 afterwards is chosen, of
+    equal ones (to 1e-5) the first.
     """
     n = len(x)
-    chosen = [int(float(draws[0]) * n)]
+    chosen = [int(float(draws[0][0]) * n)]
     for c in range(1, k):
         mass = [min(_square_distance(x[i], x[j]) for j in chosen) for i in range(n)]
-        running, total = 0.0, sum(mass)
+        total = sum(mass)
         assert total > 0, "fewer distinct points than centres"
-        for i in range(n):
-            running += mass[i]
-            if running > float(draws[c]) * total:
-                chosen.append(i)
-                break
-        assert len(chosen) == c + 1, "draws must be below 1"
+        candidates = []
+        for draw in draws[c]:
+            running = 0.0
+            for i in range(n):
+                running += mass[i]
+                if running > float(draw) * total:
+                    candidates.append(i)
+                    break
+        assert len(candidates) == len(draws[c]), "draws must be below 1"
+        left = [sum(min(mass[i], _square_distance(x[i], x[j])) for i in range(n))
+                for j in candidates]
+        chosen.append(next(j for j, v in zip(candidates, left) if v <= (1 + 1e-5) * min(left)))
     return np.array(chosen)
 
 
@@ -341,8 +405,7 @@ def visits_cost(stage):
         "moclr": VIEWS * (update + TEACHER),
         "simclr": VIEWS * update,
         "clustering": FORWARD,
-        "distil_one_view": distil,
-        "distil_two_views": VIEWS * distil,
+        "distil": distil,
     }
     return by_stage[stage]
 
@@ -352,6 +415,18 @@ def visits_cost(stage):
 
 def check():
     """The functions above against cases small enough to do on paper."""
+    orange = np.array([[[1.0, 0.5, 0.0]]])  # hue 30 degrees; turned by 60 it is yellow-green
+    assert np.allclose(jitter(orange, [3], 0, 1, 1, 1 / 6), [[[0.5, 1, 0]]])
+    assert np.allclose(jitter(orange, [2], 0, 1, 0.5, 0), [[[1, 0.75, 0.5]]])
+    assert np.allclose(jitter([[[0.8, 0.6, 0.4]]], [2], 0, 1, 9.0, 0), [[[0.8, 0.4, 0]]])
+    assert np.allclose(jitter(orange, [0, 1], 0.25, 1, 1, 0), [[[1, 0.75, 0.25]]])  # clipped
+    two = np.array([[[0.2, 0.5, 0.5], [0.4, 0.5, 0.9]]])  # each channel about its own mean
+    assert np.allclose(jitter(two, [1], 0, 0.5, 1, 0), [[[0.25, 0.5, 0.6], [0.35, 0.5, 0.8]]])
+    assert np.allclose(grey(orange), 0.2989 + 0.2935)
+    flat = blur(np.ones((5, 5, 1)), 0.5, 1)  # weights e^-2, 1, e^-2
+    assert math.isclose(flat[2, 2, 0], 1)
+    assert math.isclose(flat[0, 2, 0], (1 + math.exp(-2)) / (1 + 2 * math.exp(-2)))
+
     # One image has no negatives in the other view, nor, its own row being left out, in its own.
     one, other = [[0.3, -2.0]], [[1.0, 5.0]]
     assert info_nce(one, other, 0.1) == 0 and info_nce(one, other, 0.1, one) == 0
@@ -378,14 +453,15 @@ def check():
     assert math.isclose(ema_decay(5, 10, 0.9), 0.95)
     assert np.allclose(ema({"w": [1.0, 2.0]}, {"w": [3.0, 0.0]}, 0.75)["w"], [1.5, 1.5])
 
-    # |w| = 5 and g = [3, 4] + .5 [0, 5]: a step of lr trust |w| along g, then with momentum.
+    # |w| = 5 and g = [6, 5.5] + .5 [0, 5] = [6, 8]: m = trust |w| / |g| g, then with momentum.
     w, g = {"w": [0.0, 5.0], "b": [2.0]}, {"w": [6.0, 5.5], "b": [3.0]}
     zero = {"w": [0.0, 0.0], "b": [0.0]}
     p, m = lars_step(w, g, zero, 0.5, 0.5, trust=0.1, excluded=("b",))
-    assert np.allclose(m["w"], [0.15, 0.2]) and np.allclose(p["w"], [-0.15, 4.8])
-    assert np.allclose(m["b"], 1.5) and np.allclose(p["b"], 0.5)
-    p, m = lars_step(w, g, m, 0.5, 0.5, trust=0.1, momentum_coefficient=0.8, excluded=("b",))
-    assert np.allclose(m["w"], [0.27, 0.36]) and np.allclose(m["b"], 0.8 * 1.5 + 1.5)
+    assert np.allclose(m["w"], [0.3, 0.4]) and np.allclose(p["w"], [-0.15, 4.8])
+    assert np.allclose(m["b"], 3) and np.allclose(p["b"], 0.5)
+    p, m = lars_step(w, g, m, 2.0, 0.5, trust=0.1, momentum_coefficient=0.8, excluded=("b",))
+    assert np.allclose(m["w"], [0.54, 0.72]) and np.allclose(m["b"], 0.8 * 3 + 3)
+    assert np.allclose(p["w"], [-1.08, 5 - 1.44])  # the new rate moves by the old momentum too
     p, m = lars_step(zero, g, zero, 0.5, 0.5)  # no length of w, ratio 1
     assert np.allclose(p["w"], [-3.0, -2.75]) and np.allclose(p["b"], -1.5)
     rates = [warmup_cosine(s, 12, 4, 2.0) for s in (0, 2, 4, 8, 12, 13)]
@@ -393,14 +469,18 @@ def check():
 
     x = np.array([[[1.0, 5.0], [3.0, 5.0]]])  # channels: mean 2 and 5, variance 1 and 0
     assert np.allclose(batch_norm(x, [3.0, 1.0], [1.0, 7.0], eps=8.0), [[[0, 7], [2, 7]]])
-    mean, var = batch_norm_running([0.0, 0.0], [1.0, 1.0], x, decay=0.75)
-    assert np.allclose(mean, [0.5, 1.25]) and np.allclose(var, [1.0, 0.75])
+    mean, var = batch_norm_running([x], decay=0.75)
+    assert np.allclose(mean, [2, 5]) and np.allclose(var, [1, 0])
+    mean, var = batch_norm_running([x, 2 * x], decay=0.5)  # the newer has twice the weight
+    assert np.allclose(mean, [10 / 3, 25 / 3]) and np.allclose(var, [3, 0])
 
     line = np.array([[0.0], [1.0], [3.0]])  # from the first, D^2 = 0, 1, 9
-    assert list(kmeans_plus_plus(line, 2, [0.0, 0.0])) == [0, 1]
-    assert list(kmeans_plus_plus(line, 2, [0.3, 0.09])) == [0, 1]
-    assert list(kmeans_plus_plus(line, 3, [0.0, 0.11, 0.999])) == [0, 2, 1]
-    assert list(kmeans_plus_plus(line, 1, [0.99])) == [2]
+    assert list(kmeans_plus_plus(line, 2, [[0.0], [0.0]])) == [0, 1]
+    assert list(kmeans_plus_plus(line, 2, [[0.3], [0.09]])) == [0, 1]
+    assert list(kmeans_plus_plus(line, 3, [[0.0], [0.11], [0.999]])) == [0, 2, 1]
+    assert list(kmeans_plus_plus(line, 1, [[0.99]])) == [2]
+    # of the candidates 1 and 2 the latter leaves 1, the former 4
+    assert list(kmeans_plus_plus(line, 2, [[0.0, 0.9], [0.0, 0.5]])) == [0, 2]
     points = np.array([[0.0], [2.0], [10.0], [14.0]])
     centres, assignment, inertia = lloyd(points, [[0.0], [9.0]], 3)
     assert np.array_equal(centres, [[1], [12]]) and np.array_equal(assignment, [0, 0, 1, 1])
@@ -436,7 +516,7 @@ def check():
     probe = linear_probe_loss([[2.0, 0.0]], [0.0, 1.0], [[1.0]], [0], 0.5)
     assert math.isclose(probe, math.log1p(math.exp(-1)) + 1)
 
-    costs = {"moclr": 8, "simclr": 6, "clustering": 1, "distil_one_view": 5, "distil_two_views": 10}
+    costs = {"moclr": 8, "simclr": 6, "clustering": 1, "distil": 5}
     for stage, forwards in costs.items():
         assert visits_cost(stage) == forwards, stage
     return True

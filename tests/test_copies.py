@@ -11,7 +11,7 @@ import pytest
 
 from processes import ROOT
 
-IMPORTS = """import functools, json
+IMPORTS = """import functools, json, math
 import einops, jax, optax
 import jax.numpy as jnp
 import numpy as np
@@ -37,9 +37,8 @@ COPIES = {  # what is copied -> a use of it, whose value does not depend on wher
     ("dnc", "kmeans"): "kmeans(key, a, 3, restarts=2, tile=7)[0]",
     ("dnc", "moclr_loss"): "moclr_loss(a, b, c, d, 0.1)[0]",
     ("dnc", "distil_loss"): "distil_loss(a, None, b, None, None)",
-    ("dnc", "lars", "ema"):
-        "(lambda p, rule: ema(p, rule.update({'w': b}, rule.init(p), p, rate=2)[0], 0.9)['w'])"
-        "({'w': a}, lars(0.1))",
+    ("dnc", "lars"): "(lambda rule: rule.update({'w': b}, rule.init({'w': a}), {'w': a})[0]['w'])"
+                     "(lars(0.1))",
 }
 
 

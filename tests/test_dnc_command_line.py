@@ -64,7 +64,7 @@ def test_a_run_leaves_what_the_interface_says(finished):
 def test_stages_add_up_to_the_declared_total(finished):
     """Visits are the baseline's, steps go on where the stage before ended, FLOPs are the bill's."""
     last, fractions = last_rows(finished[0]), (1 / 3, 1 / 2, 1 / 6)
-    shared = dict(K=3, n_all=200, n_fit=150, restarts=2, iterations=5, n_views=1)
+    shared = dict(K=3, n_all=200, n_fit=150, restarts=2, iterations=5)
     declared = {arm: dnc.declared_flops(arm, dnc.plan(arm, 12, fractions), 8, MODEL, **shared)
                 for arm in ARMS}
     for arm in ARMS:
@@ -157,18 +157,18 @@ def test_four_devices_are_one(command, finished, tmp_path):
     assert (a == b).mean() > 0.98
 
 
-def test_given_clusters_other_inits_and_two_views(command, finished, tmp_path):
+def test_given_clusters_and_other_inits(command, finished, tmp_path):
     """A file of clusters that another run of the same base left; the other value of each switch."""
     workdir = tmp_path / "run"
     command.good(*TINY, "--arms=dnc", f"--workdir={workdir}", "--expert_init=base",
-                 "--student_init=base", "--distil_views=2", "--head_hidden=12",
+                 "--student_init=base", "--head_hidden=12",
                  f"--assignment={finished[0]}/assignment-{{seed}}.npz")
     last, theirs = last_rows(workdir), last_rows(finished[0])
     assert "assignment-0.npz" not in {p.name for p in workdir.iterdir()}
     assert without_clocks([last["base"]]) == without_clocks([theirs["base"]])
     assert last["dnc"]["nmi"] == theirs["dnc"]["nmi"]
     assert last["dnc"]["flops"]["distillation"] == 2 * dnc.step_flops(
-        "distillation", 8, dnc.Model(MODEL.encoder, 8, 6, 12), K=3, n_views=2)
+        "distillation", 8, dnc.Model(MODEL.encoder, 8, 6, 12), K=3)
 
 
 def test_a_prepared_set_and_small_clusters(command, prepared, tmp_path):
@@ -200,7 +200,6 @@ REFUSED = {
     "a stage without a step": (["--steps=2"], "--steps=2", "each stage"),
     "no negatives": (["--batch_size=1"], "--batch_size=1", "negative"),
     "temperature": (["--temperature=0"], "--temperature=0", "more than 0"),
-    "views": (["--distil_views=3"], "--distil_views=3", "1 or 2"),
     "blur": (["--blur=1"], "--blur", "two probabilities"),
     "solarise": (["--solarise=0,x"], "--solarise", "two probabilities"),
     "model size": (["--model=34"], "--model", "'34'", "6n"),
