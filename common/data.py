@@ -98,6 +98,12 @@ def tokenizer(name):
             pieces.vocab_size() + MARKS)
 
 
+def fingerprint(encode):
+    """What tells one tokenizer from another: the ids of a sentence."""
+    ids = encode("Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich, 3,141,592 times.")
+    return hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest()[:16]
+
+
 def tokenize(caption, context, encode=byte_ids):
     """A caption as int32 [context]: its ids, cut if they are too many, then 1, then zeros."""
     tokens = np.zeros(context, np.int32)
@@ -144,6 +150,25 @@ def count_captions(source, encode, context, split, sample=1000):
 
 
 # ------------------------------------------------------------------------------ opening a set
+
+
+def open_splits(config, encode, *, context, need):
+    """(training Source, test Source) as the flags say; warns of captions that look alike."""
+    out = []
+    for flag in ("split", "eval_split"):
+        source = open_source(
+            config.dataset, config[flag], data_dir=config.data_dir, image_size=config.image_size,
+            context=context, encode=encode, need=need, toy_knobs=toy_knobs(config),
+            flags=("dataset", flag))
+        if context:
+            count_captions(source, encode, context, f"--{flag}={config[flag]}")
+        out.append(source)
+    return out
+
+
+def toy_knobs(config):
+    return dict(n=config.toy_examples, tail=config.toy_tail, duplicates=config.toy_duplicates,
+                hopeless=config.toy_hopeless)
 
 
 def open_source(dataset, split, *, data_dir=None, image_size=0, context=0, encode=byte_ids,

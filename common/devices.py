@@ -5,7 +5,9 @@ State is never replicated by hand: it goes in and comes out without a device axi
 """
 
 import os
+import time
 
+from absl import logging
 import einops
 import jax
 import jax.flatten_util
@@ -15,31 +17,72 @@ import numpy as np
 AXIS = "devices"  # the name of the mapped axis, for the collectives
 
 
-def start(coordinator=None, num_processes=None, process_id=None):
-    """Joins the hosts of a job. On TPU pods and SLURM the three are found by jax itself.
+def start(config, timeout=300):
+    """Joins the hosts of a job: those that the flags --coordinator, --num_processes, --process_id
+    name, or those of a TPU pod or of SLURM, which jax finds by itself. Call this before anything
+    touches a device.
 
-    Call before anything touches a device. Scripts save on SIGTERM themselves, so jax's own
-    preemption service, which swallows that signal, is switched off.
+    Scripts save on SIGTERM themselves. jax's own preemption service swallows that signal, so it is
+    switched off.
+    Raises: ValueError, in one line, if the other hosts do not come within `timeout` seconds.
     """
     os.environ.setdefault("JAX_ENABLE_PREEMPTION_SERVICE", "0")
     if jax.config.jax_num_cpu_devices > 1:  # before jax 0.12 they can starve each other of threads
         os.environ.setdefault("PJRT_NPROC", str(2 * jax.config.jax_num_cpu_devices))
-    on_cluster = any(v in os.environ for v in ("SLURM_NTASKS", "TPU_WORKER_HOSTNAMES"))
-    several = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or os.environ.get(
-        "SLURM_NTASKS", "1") != "1"
-    # a host that is gone is noticed after 30 seconds, not after 100
-    if coordinator is not None:
-        jax.distributed.initialize(coordinator, num_processes, process_id,
+    flags = {"coordinator_address": config.coordinator, "num_processes": config.num_processes,
+             "process_id": config.process_id} if config.coordinator else {}
+    slurm_tasks = os.environ.get("SLURM_NTASKS", "1")
+    step_of_slurm = "SLURM_STEP_ID" in os.environ  # started by srun; salloc alone sets SLURM_NTASKS
+    if slurm_tasks != "1" and not step_of_slurm and not flags:
+        logging.warning("SLURM_NTASKS=%s, but this process was not started by srun: it runs alone. "
+                        "For several hosts: srun python ...", slurm_tasks)
+    on_cluster = step_of_slurm and slurm_tasks != "1" or "," in os.environ.get(
+        "TPU_WORKER_HOSTNAMES", "")
+    if not flags and not on_cluster:
+        return
+    logging.info("waiting for the other hosts, for up to %d seconds", timeout)
+    try:  # a host that is gone is noticed after 30 seconds, not after 100
+        jax.distributed.initialize(**flags, initialization_timeout=timeout,
                                    heartbeat_timeout_seconds=30)
-    elif on_cluster and several:
-        jax.distributed.initialize(heartbeat_timeout_seconds=30)
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(f"the hosts of this job could not be joined ({str(e).splitlines()[0]}): "
+                         "give --coordinator, --num_processes and --process_id on each, or run on "
+                         "one host without them") from None
 
 
-def pmap(fn, in_axes, donate_argnums=()):
-    """`jax.pmap` over AXIS with unreplicated outputs: what `fn` returns must be equal on all
-    devices (reduced or gathered); pmap does not check it and hands back the first device's."""
-    return jax.pmap(fn, axis_name=AXIS, in_axes=in_axes, out_axes=None,
-                    donate_argnums=donate_argnums)
+class Compiling:
+    """How long this process has compiled programs for, which is no training time."""
+    seconds = 0.0
+
+
+compiling = Compiling()
+
+
+class pmap:
+    """`jax.pmap` over AXIS, compiled once, when it is first called.
+
+    What `fn` returns must be equal on all devices (reduced or gathered): outputs are unreplicated,
+    pmap does not check it and hands back the first device's. `donate`: the first argument, the
+    state, is used up. (Called as it is, a jax.pmap would compile twice, for a state in numpy and
+    then for its own output.)
+    """
+
+    def __init__(self, fn, in_axes, donate=False):
+        self._fn = jax.pmap(fn, axis_name=AXIS, in_axes=in_axes, out_axes=None,
+                            donate_argnums=(0,) if donate else ())
+        self._donate, self._compiled = donate, None
+
+    def __call__(self, *args):
+        if self._compiled is None:
+            begin = time.perf_counter()
+            if jax.process_count() == 1:
+                self._compiled = self._fn.lower(*args).compile()
+            else:  # lowering knows this host's rows only: compile by running on a copy
+                copy = to_host(args[0]) if self._donate else args[0]
+                jax.block_until_ready(self._fn(copy, *args[1:]))
+                self._compiled = self._fn
+            compiling.seconds += time.perf_counter() - begin
+        return self._compiled(*args)
 
 
 def shard(batch):
@@ -103,23 +146,3 @@ def places(batch_N):
     """Where this device's rows stand in the whole batch: int [N]."""
     n = len(batch_N["image"])
     return jax.lax.axis_index(AXIS) * n + jnp.arange(n)
-
-
-class Program:
-    """A pmapped function that is compiled, off the training clock and once for all seeds, when
-    `compile` is first shown its arguments. `donate`: the first of them, the state, is used up."""
-
-    def __init__(self, fn, in_axes, donate=False):
-        self._fn, self._compiled = pmap(fn, in_axes, (0,) if donate else ()), None
-        self._kept = to_host if donate else lambda first: first
-
-    def compile(self, *args):
-        if self._compiled is None and jax.process_count() == 1:
-            self._compiled = self._fn.lower(*args).compile()
-        elif self._compiled is None:  # lowering knows this host's rows only: compile by running
-            jax.block_until_ready(self._fn(self._kept(args[0]), *args[1:]))
-            self._compiled = self._fn
-
-    def __call__(self, *args):
-        self.compile(*args)
-        return self._compiled(*args)

@@ -89,6 +89,13 @@ class Text:
         return self.context
 
 
+def architecture(tower):
+    """The fields of a ViT or a Text that its weights depend on, as JSON values. Two models of equal
+    shapes can differ in them, in the number of heads for example."""
+    fields = dataclasses.asdict(tower) | {"size": list(size(tower.size))}
+    return {k: v for k, v in fields.items() if k not in ("dtype", "remat")}
+
+
 # ------------------------------------------------------------------------------------- layers
 
 
