@@ -16,112 +16,105 @@ Dimension letters: B super-batch, N a device's share of it, S sub-batch (b), C c
 A all rows of a batch on all devices, E embedding, P patch side, D width, H W image. T is the
 sub-batch so far; as a dimension, tokens.
 
-Minutes on a CPU:       python jest.py
-README's measurements:  python jest.py --preset=emoji, and more flags: see there
-Model of the paper:     python jest.py --preset=siglip_B  (a trial, on generated images)
+A minute on two CPU cores:  python jest.py
+README's measurements:      python jest.py --preset=emoji, and more flags: see there
+The paper's model:          python jest.py --preset=siglip_B  (a trial, on generated images)
 
 Where we differ from the paper, or its print from its text: README, "jest.py, beside the paper".
 """
 
 import dataclasses
 import functools
-import os
 
-from absl import flags
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common import checkpoint, data, devices, report, retrieval, run, stage, vit
+from common import data, devices, flags, flops, reference, report, retrieval, train, vit
 from common.devices import AXIS
 
 METHODS = ("uniform", "independent", "jest", "flexi_jest")
 # score -> the sign of each model's loss in it: loss under the learner - loss under the reference
 SCORES = {"learnability": {"learner": 1, "reference": -1}, "easy_reference": {"reference": -1},
           "hard_learner": {"learner": 1}}
+TOY_NOISE = {"caption_noise": 0.8}
 
 PRESETS = {
-    # minutes on two CPU cores
-    "toy": dict(
-        arms=["uniform", "jest", "flexi_jest"], caption_noise=0.8, toy_examples=16_000,
-        model="48/2/192/3", patch=8, low_patch=16, context=72, filter_ratio=0.8, n_chunks=8,
-        curated_fraction=0.25, reference_noise=0.0, steps=400, active_steps=200,
-        reference_steps=600, batch_size=64, eval_every=50, learning_rate=1e-3,
-        reference_learning_rate=2e-3),
     # the README's table
     "emoji": dict(
-        dataset="emoji", caption_noise=0.8, image_size=32, patch=8, low_patch=16, context=32,
-        model="64/2/256/4", filter_ratio=0.8, n_chunks=16, curated_fraction=0.2,
-        reference_noise=0.0, steps=1200, active_steps=300, reference_steps=800, batch_size=128,
-        eval_every=30, learning_rate=5e-4, active_learning_rate=1e-3,
+        arms=["uniform", "independent", "jest", "flexi_jest"], dataset="emoji", caption_noise=0.8,
+        image_size=32, context=32, model="64/2/256/4",
+        n_chunks=16, curated_fraction=0.2, steps=1200, active_steps=300, reference_steps=800,
+        batch_size=128, eval_every=30, learning_rate=5e-4, active_learning_rate=1e-3,
         reference_learning_rate=1e-3),
     # The paper's models and optimiser (A.1) on generated images. Its run also has
     # --batch_size=32768 --steps=91553 (3e9 pairs), a 32k sentencepiece --tokenizer (bytes cut
     # captions short) and a --reference_dataset of about 1e8 curated pairs.
     "siglip_B": dict(
-        image_size=256, toy_examples=4096, model="B", patch=16, low_patch=32, context=64, embed=768,
-        dtype="bfloat16", filter_ratio=0.8, n_chunks=16, batch_size=256, steps=1000, warmup=0.01,
-        beta2=0.95, reference_steps=100, reference_scores="computed"),
+        arms=["uniform", "independent", "jest", "flexi_jest"], caption_noise=0.0, image_size=256,
+        toy_examples=4096, model="B", patch=16, low_patch=32, context=64, embed=768,
+        dtype="bfloat16", n_chunks=16, curated_fraction=0.2, batch_size=256, steps=1000,
+        active_steps=0, eval_every=100, warmup=0.01, reference_steps=100,
+        reference_learning_rate=1e-3, reference_scores="computed"),
 }
 
 
 def define_flags():
-    run.define_flags("jest")
-    flags.adopt_module_key_flags(run)  # so that --help shows them too
-    f = flags
-    # method
-    f.DEFINE_list("arms", ["uniform", "independent", "jest", "flexi_jest"], "of "
-                  f"{', '.join(METHODS)}, each but uniform also with _easy_reference or "
-                  "_hard_learner behind it (plain: learnability); the first is the baseline")
-    f.DEFINE_float("filter_ratio", 0.8, "f = 1 - b/B: part of the super-batch that is left out")
-    f.DEFINE_integer("n_chunks", 16, "chunks in which jest draws its sub-batch")
-    f.DEFINE_float("score_gain", 100.0, "multiplies the scores before a chunk is drawn from their "
-                   "softmax (Algorithm 2 prints 100, close to greedy); 1 / temperature")
-    f.DEFINE_float("curated_fraction", 0.2, "part of the pool that is set apart to train the "
-                   "reference")
-    f.DEFINE_float("reference_noise", 0.0, "caption noise of that part; -1: the pool's")
-    f.DEFINE_string("reference_dataset", None, "trains the reference on another data set, whole")
-    f.DEFINE_string("reference", "curated", "'curated': trained first, on the curated part or on "
-                    "--reference_dataset; or the checkpoint directory of such a stage ('{seed}' is "
-                    "filled in)")
-    f.DEFINE_enum("reference_scores", "cached", ["cached", "computed"], "'cached': the pool is "
-                  "embedded once, by example id; 'computed': each super-batch as it comes")
-    f.DEFINE_string("score_cache", None, "file of cached reference embeddings; '{seed}' is filled "
-                    "in (default: in the work directory)")
-    f.DEFINE_integer("low_patch", 32, "patch at which flexi_jest scores, and trains a half")
-    f.DEFINE_bool("cotrain", True, "flexi_jest trains half of the sub-batch at --low_patch")
-    # model
-    f.DEFINE_enum("loss", "sigmoid", ["sigmoid", "softmax"], "contrastive loss (eq 1 softmax, eq 2 "
-                  "sigmoid)")
-    f.DEFINE_string("model", "B", "size of both towers: " + ", ".join(vit.SIZES)
-                    + ", or width/depth/mlp/heads")
-    f.DEFINE_string("reference_model", "", "size of the reference's towers; empty: --model")
-    f.DEFINE_integer("patch", 16, "patch side in pixels, at full resolution")
-    f.DEFINE_enum("pool", "map", ["gap", "map"], "'gap': mean of the tokens; 'map': attention "
-                  "pooling")
-    f.DEFINE_integer("embed", 64, "width E of the joint embedding")
-    f.DEFINE_integer("context", 64, "tokens per caption; longer ones are cut")
-    f.DEFINE_string("tokenizer", None, "sentencepiece model file; without it, the caption's bytes")
-    f.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the activations")
-    f.DEFINE_bool("remat", False, "recompute blocks in the backward pass: memory for time")
-    f.DEFINE_string("prompt", "a {}", "zero-shot caption of a class, where the data has labels")
-    # optimisation
-    f.DEFINE_integer("steps", 1000, "updates of the learner")
-    f.DEFINE_integer("active_steps", 0, "updates in every arm but uniform, whose schedule then "
-                     "ends there; 0: as many as --steps")
-    f.DEFINE_integer("reference_steps", 0, "updates of the reference; 0: as many as --steps")
-    f.DEFINE_integer("batch_size", 128, "b: pairs per update")
-    f.DEFINE_float("learning_rate", 1e-3, "peak, of Adam; linear warm-up, cosine to 0")
-    f.DEFINE_float("active_learning_rate", 0.0, "peak in every arm but uniform, whose best is "
-                   "lower where most captions are wrong; 0: --learning_rate")
-    f.DEFINE_float("reference_learning_rate", 1e-3, "peak, of the reference")
-    f.DEFINE_float("weight_decay", 1e-4, "part of the weights of linear maps that a step at the "
-                   "peak takes off; follows the schedule, not times the learning rate")
-    f.DEFINE_float("beta2", 0.95, "of Adam")
-    f.DEFINE_float("clip_norm", 1.0, "gradients are scaled down to this global norm")
-    f.DEFINE_float("warmup", 0.05, "fraction of the steps")
+    f = flags.Group("Method")
+    f.names("arms", ["uniform", "jest", "flexi_jest"], f"of {', '.join(METHODS)}, each but uniform "
+            "also with _easy_reference or _hard_learner behind it (plain: learnability); the first "
+            "is the baseline")
+    f.number("filter_ratio", 0.8, "[0, 1)", "f = 1 - b/B: part of the super-batch that is left out")
+    f.integer("n_chunks", 8, "[1, inf)", "chunks in which jest draws its sub-batch (paper: 16)")
+    f.number("score_gain", 100.0, "(0, inf)", "multiplies the scores before a chunk is drawn from "
+             "their softmax (Algorithm 2 prints 100, close to greedy); 1 / temperature")
+    f.number("curated_fraction", 0.25, "(0, 1)", "part of the pool that is set apart to train the "
+             "reference")
+    f.number("reference_noise", 0.0, "[-1, 1]", "caption noise of that part; -1: the pool's")
+    f.text("reference_dataset", None, "train the reference on another data set, whole")
+    f.text("reference", "curated", "'curated': trained first, on the curated part or on "
+           "--reference_dataset; or the checkpoint directory of such a stage ('{seed}' is filled "
+           "in)")
+    f.choice("reference_scores", "cached", ["cached", "computed"], "embed the pool once, by example "
+             "id, or each super-batch as it comes")
+    f.integer("low_patch", 16, "[1, inf)", "patch at which flexi_jest scores, and trains a half "
+              "(paper: 32)")
+    f.switch("cotrain", True, "flexi_jest trains half of the sub-batch at --low_patch")
+
+    f = flags.Group("Models")
+    f.choice("loss", "sigmoid", ["sigmoid", "softmax"], "contrastive loss (eq 1 softmax, eq 2 "
+             "sigmoid)")
+    f.text("model", "48/2/192/3", "size of both towers: " + ", ".join(vit.SIZES)
+           + ", or width/depth/mlp/heads")
+    f.text("reference_model", "", "size of the reference's towers; empty: --model")
+    f.integer("patch", 8, "[1, inf)", "patch side in pixels, at full resolution")
+    f.choice("pool", "map", ["gap", "map"], "mean of the tokens, or attention pooling")
+    f.integer("embed", 64, "[1, inf)", "width E of the joint embedding")
+    f.integer("context", 72, "[2, inf)", "tokens per caption; longer ones are cut")
+    f.text("tokenizer", "bytes", "'words', 'bytes', or a sentencepiece model file")
+    f.choice("dtype", "float32", ["float32", "bfloat16"], "type of the activations")
+    f.switch("remat", False, "recompute blocks in the backward pass: memory for time")
+    f.text("prompt", "a {}", "zero-shot caption of a class, where the data has labels")
+
+    f = flags.Group("Optimisation")
+    f.integer("steps", 400, "[1, inf)", "updates of the learner")
+    f.integer("active_steps", 200, "[0, inf)", "updates in every arm but uniform, whose schedule "
+              "then ends there; 0: as many as --steps")
+    f.integer("reference_steps", 600, "[0, inf)", "updates of the reference; 0: as many as --steps")
+    f.integer("batch_size", 64, "[1, inf)", "b: pairs per update")
+    f.number("learning_rate", 1e-3, "(0, inf)", "peak, of Adam; linear warm-up, cosine to 0")
+    f.number("active_learning_rate", 0.0, "[0, inf)", "peak in every arm but uniform, whose best is "
+             "lower where most captions are wrong; 0: --learning_rate")
+    f.number("reference_learning_rate", 2e-3, "(0, inf)", "peak, of the reference")
+    f.number("weight_decay", 1e-4, "[0, inf)", "part of the weights of linear maps that a step at "
+             "the peak takes off; it follows the schedule, not times the learning rate")
+    f.number("beta2", 0.95, "[0, 1)", "of Adam")
+    f.number("clip_norm", 1.0, "(0, inf)", "gradients are scaled down to this global norm")
+    f.number("warmup", 0.05, "[0, 1)", "fraction of the steps (paper: 0.01)")
+
+    flags.define_shared("jest", toy_noise=TOY_NOISE, toy_examples=16_000, eval_every=50)
 
 
 # ------------------------------------------------------------------------------------- models
@@ -547,8 +540,8 @@ def new_state(key, model, optimiser):
 
 
 def update(state, batch, model, optimiser, low_patch=0):
-    """One update of {'params', 'opt'} on a sharded batch; also returns the loss before it. With
-    `low_patch`, every second image is cut into patches of that size."""
+    """Inside `pmap`, one step of {'params', 'opt'} on a sharded batch. Also returns the loss from
+    before the step. With `low_patch`, every second image is cut into patches of that size."""
     def loss_of(params):
         embeddings = (embed_flexi(params, batch, model, low_patch) if low_patch else
                       embed(params, batch, model))
@@ -559,17 +552,29 @@ def update(state, batch, model, optimiser, low_patch=0):
     return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, loss
 
 
-def embed_both(state, batch_N, *, kind, model, reference_model, low_patch=0):
-    """(learner, reference): the embeddings that the score `kind` needs; None for a model that it
-    does not use. With `low_patch` the learner sees coarse patches. The reference's embeddings are
-    taken from the batch if they are cached there."""
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """The settings of one arm that `train_step` needs. The flags of the same names explain them."""
+    method: str  # one of METHODS
+    kind: str  # one of SCORES
+    batch_size: int  # b, on all devices together
+    n_chunks: int = 16
+    score_gain: float = 100.0
+    low_patch: int = 0  # the coarse patch of flexi_jest; 0 for the others
+    cotrain: bool = True
+
+
+def embed_both(state, batch_N, method, model, reference_model, *, low_patch=0):
+    """(learner, reference): the embeddings that the score needs; None for a model that it does not
+    use. With `low_patch` the learner sees coarse patches. The reference's embeddings are taken from
+    the batch if they are cached there."""
     learner = reference = None
-    if "learner" in SCORES[kind]:
+    if "learner" in SCORES[method.kind]:
         params = state["learner"]["params"]
         if low_patch:
             params, model = at_patch(params, model, low_patch)
         learner = embed(params, batch_N, model)
-    if "reference" in SCORES[kind]:
+    if "reference" in SCORES[method.kind]:
         if "reference_image" in batch_N:
             reference = {"image": batch_N["reference_image"], "text": batch_N["reference_text"],
                          **logit_scale_and_bias(state["reference"])}
@@ -578,44 +583,47 @@ def embed_both(state, batch_N, *, kind, model, reference_model, low_patch=0):
     return jax.lax.stop_gradient((learner, reference))
 
 
-def train_step(state, index, key, batch_N, *, method, kind, n_select, model, reference_model,
-               optimiser, n_chunks=16, score_gain=100.0, low_patch=0, cotrain=True):
+def train_step(state, index, key, batch_N, *, method, model, reference_model, optimiser):
     """One iteration of JEST or Flexi-JEST (Algorithm 2), or of a baseline, inside `pmap`.
 
     Args:
       state: {'learner': {'params', 'opt'}, 'reference': its params, or only its t and b where its
         embeddings are cached}.
       index: of the step, from 0.
-      batch_N: this device's share of the super-batch (for 'uniform': of the n_select pairs, all of
-        which it trains on). 'image' uint8 [N, H, W, channels], 'tokens' [N, T]; 'reference_image'
-        and 'reference_text' [N, E] where they are cached; bool arrays [N] that say what was planted
+      batch_N: this device's share of the super-batch. For 'uniform', of the b pairs, all of which
+        it trains on. 'image' uint8 [N, H, W, channels], 'tokens' [N, T]; 'reference_image' and
+        'reference_text' [N, E] where they are cached; bool arrays [N] that say what was planted,
         and are only reported on.
-      method: one of METHODS. kind: one of SCORES. low_patch: flexi_jest's; 0 for the others.
 
     Returns: (state, metrics).
     """
     key_select = jax.random.fold_in(key, index)
-    truth_B = {k: devices.gather(v) for k, v in batch_N.items() if v.dtype == bool}
+    truth_B = {k: gather(v, AXIS) for k, v in batch_N.items() if v.dtype == bool}
     batch_S = {k: batch_N[k] for k in ("image", "tokens")}
-    pick_S, state = jnp.arange(n_select), dict(state)
-    if method != "uniform":
-        models = embed_both(state, batch_N, kind=kind, model=model,
-                            reference_model=reference_model, low_patch=low_patch)
-        knobs = dict(kind=kind, score_gain=score_gain, axis=AXIS)
-        if method == "independent":
-            pick_S = independently_sample(key_select, *models, n_select, loss=model.loss, **knobs)
-        else:
-            pick_S = SAMPLERS[model.loss](key_select, *models, n_select, n_chunks, **knobs)
+    pick_S, state = jnp.arange(method.batch_size), dict(state)
+    if method.method != "uniform":
+        learner, reference = embed_both(state, batch_N, method, model, reference_model,
+                                        low_patch=method.low_patch)
+        pick_S = select(key_select, learner, reference, method, model.loss)
         # Back into the super-batch's order, which is random. In the order of the draw flexi_jest's
         # halves, every second pick, would not be a random half.
         pick_S = jnp.sort(pick_S)
         batch_S = {k: devices.take(v, pick_S) for k, v in batch_S.items()}
     state["learner"], loss = update(state["learner"], batch_S, model, optimiser,
-                                    low_patch if cotrain else 0)
+                                    method.low_patch if method.cotrain else 0)
     metrics = {"loss": loss}
     for k, v_B in truth_B.items():
         metrics |= {f"picked_{k}": v_B[pick_S].mean(), f"pool_{k}": v_B.mean()}
     return state, metrics
+
+
+def select(key, learner, reference, method, loss):
+    """The b picks of an arm that selects, in the order drawn; inside `pmap`."""
+    settings = dict(kind=method.kind, score_gain=method.score_gain, axis=AXIS)
+    if method.method == "independent":
+        return independently_sample(key, learner, reference, method.batch_size, loss=loss,
+                                    **settings)
+    return SAMPLERS[loss](key, learner, reference, method.batch_size, method.n_chunks, **settings)
 
 
 def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chunks=16, embed=64,
@@ -640,7 +648,7 @@ def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chun
     scores = method != "uniform"
     reused = b if reuse and not flexi else 0
     return {
-        "learner": 3 * b * (F + F_low) / 2 if flexi and cotrain else 3 * b * F,
+        "learner": 3 * b * (F + F_low) // 2 if flexi and cotrain else 3 * b * F,  # b is even
         "actor_scoring": (B - reused) * (F_low if flexi else F)
                          if scores and "learner" in SCORES[kind] else 0,
         "selection": sampler_flops(kind, b, B, n_chunks if "jest" in method else 1, embed)
@@ -661,14 +669,32 @@ def sampler_flops(kind, b, B, n_chunks, embed):
     return len(SCORES[kind]) * per_model + n_chunks * B * (3 + max(B, 2).bit_length())
 
 
-# --------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------- training, evaluation
+
+
+def train_stage(stage, state, step, key, load, evaluate, **cost):
+    """Trains a stage, from its last checkpoint to its end, and returns the state.
+
+    step: `train_step` as a `devices.pmap`. load(start) yields the sharded batches from step `start`
+    on. evaluate(state) -> metrics. cost: what `stage.count` charges for a step.
+    """
+    state = stage.resume(state)
+    for index, batch in stage.batches(load):
+        state, metrics = step(state, index, key, batch)
+        stage.count(metrics, **cost)
+        if stage.evaluates:
+            stage.write(evaluate(state))
+        stage.save(state)
+    return state
 
 
 def evaluate(params, forwards, pool, batch_size, class_tokens):
-    """Retrieval recall at 1, 5 and 10, both ways and their mean, each with its chance level; with
-    labels, the accuracy of the nearest class prompt. `forwards`: `make_forwards(model)`; class_tokens [classes, T] or None."""
-    parts = [got for got, _ in stage.forward_all(params, forwards[0], pool, batch_size)]
-    got = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    """Retrieval recall at 1, 5 and 10, both ways and their mean, each with its chance level. With
+    labels, also the accuracy of the nearest class prompt ('zero_shot').
+
+    forwards: `make_forwards(model)`. class_tokens: [classes, T], or None.
+    """
+    got, _ = reference.forward_all(params, forwards[0], pool, batch_size)
     metrics = retrieval.recalls(got["image"], got["text"], got["caption_hash"], ks=(1, 5, 10))
     if class_tokens is not None:
         n = len(class_tokens)
@@ -682,55 +708,52 @@ def evaluate(params, forwards, pool, batch_size, class_tokens):
 
 
 def make_forwards(model):
-    """Programs (params, sharded batch) -> embeddings and what came along, gathered; and (params,
-    sharded tokens) -> text embeddings."""
+    """`devices.pmap` of (params, sharded batch) -> embeddings and everything in the batch but the
+    image, gathered from all devices; and of (params, sharded tokens) -> text embeddings."""
     def both(params, batch):
         embeddings = embed(params, batch, model)
-        return {**{k: devices.gather(v) for k, v in batch.items() if k != "image"},
-                **{k: devices.gather(embeddings[k]) for k in ("image", "text")}}
+        return {**{k: gather(v, AXIS) for k, v in batch.items() if k != "image"},
+                **{k: gather(embeddings[k], AXIS) for k in ("image", "text")}}
 
     def text(params, tokens):
-        return devices.gather(unit(vit.text_apply(params["text"], tokens, model.text)))
-    return devices.Program(both, in_axes=(None, 0)), devices.Program(text, in_axes=(None, 0))
+        return gather(unit(vit.text_apply(params["text"], tokens, model.text)), AXIS)
+    return devices.pmap(both, in_axes=(None, 0)), devices.pmap(text, in_axes=(None, 0))
 
 
-def diagnose(state, key, batch_N, *, kind, n_select, model, reference_model, n_chunks,
-             score_gain, low_patch):
+def diagnose(state, key, batch_N, *, method, model, reference_model):
     """What selection does to one super-batch, inside `pmap`.
 
-    Returns: metrics, the self-scores [B] and the joint picks [n_select]. Metrics are the score of a
-    uniform, an independent and a joint sub-batch (the learner's loss of it minus the reference's),
-    and with `low_patch` how well coarse scores stand in for full ones.
+    Returns: metrics, the self-scores [B] and the joint picks [b]. Metrics are the score of a
+    uniform, an independent and a joint sub-batch (the learner's loss of it minus the reference's).
+    With `method.low_patch`, also how well coarse scores stand in for full ones.
     """
-    def models_at(patch):
-        return embed_both(state, batch_N, kind=kind, model=model, reference_model=reference_model,
-                          low_patch=patch)
+    full = embed_both(state, batch_N, method, model, reference_model)
+    used = full
+    if method.low_patch:
+        used = embed_both(state, batch_N, method, model, reference_model,
+                          low_patch=method.low_patch)
 
-    def joint(models):
-        return SAMPLERS[model.loss](key, *models, n_select, n_chunks, **knobs)
+    def picks(models, how):
+        return select(key, *models, dataclasses.replace(method, method=how), model.loss)
 
     def self_score_B(models):
-        return devices.gather(self_score(kind, *models, model.loss))
+        return gather(self_score(method.kind, *models, model.loss), AXIS)
 
     def value(pick_S):
         total = 0.0
         for name, embeddings in zip(("learner", "reference"), full):
-            if name in SCORES[kind]:
+            if name in SCORES[method.kind]:
                 rows = {k: devices.take(embeddings[k], pick_S) for k in ("image", "text")}
-                total += SCORES[kind][name] * devices.mean(
+                total += SCORES[method.kind][name] * devices.mean(
                     contrastive_loss({**embeddings, **rows}, model.loss, AXIS))
         return total
 
-    knobs = dict(kind=kind, score_gain=score_gain, axis=AXIS)
-    full = models_at(0)
-    used = models_at(low_patch) if low_patch else full
-    pick_S = joint(used)
-    alone_S = independently_sample(key, *used, n_select, loss=model.loss, **knobs)
-    metrics = {"score_uniform": value(jnp.arange(n_select)), "score_independent": value(alone_S),
-               "score_joint": value(pick_S)}
-    if low_patch:
+    pick_S = picks(used, "jest")
+    metrics = {"score_uniform": value(jnp.arange(method.batch_size)),
+               "score_independent": value(picks(used, "independent")), "score_joint": value(pick_S)}
+    if method.low_patch:
         metrics["rank_correlation"] = spearman(self_score_B(used), self_score_B(full))
-        metrics["pick_overlap"] = jnp.isin(pick_S, joint(full)).mean()
+        metrics["pick_overlap"] = jnp.isin(pick_S, picks(full, "jest")).mean()
     return metrics, self_score_B(used), pick_S
 
 
@@ -757,247 +780,227 @@ def split_arm(arm):
 def super_batch_size(config):
     """B = b / (1 - f), which must be a whole number."""
     B = config.batch_size / (1 - config.filter_ratio)
-    if abs(B - round(B)) > 1e-6 * B:
-        raise ValueError(f"--filter_ratio={config.filter_ratio}: want a whole super-batch: "
-                         f"batch_size / (1 - filter_ratio) is {B:.3f}")
+    flags.require(config, abs(B - round(B)) < 1e-6 * B, "filter_ratio",
+                  f"a whole super-batch: batch_size / (1 - filter_ratio) is {B:.3f}")
     return round(B)
 
 
-def check(config, typed=()):
-    """Raises ValueError, naming the flag, for what cannot work whatever the data."""
-    want = functools.partial(run.want, config)
+def check(config):
+    """Raises ValueError, naming the flag, for flags that do not go together, whatever the data."""
+    require = functools.partial(flags.require, config)
     methods = [split_arm(arm)[0] for arm in config.arms]
-    want(config.arms and len(set(config.arms)) == len(config.arms), "arms", "each arm once")
-    for flag in ("steps", "batch_size", "patch", "low_patch", "embed", "n_chunks"):
-        want(config[flag] >= 1, flag, "at least 1")
-    want(0 <= config.filter_ratio < 1, "filter_ratio", "a fraction in [0, 1)")
-    want(config.n_chunks <= config.batch_size, "n_chunks",
-         f"at most one chunk per example of the sub-batch, {config.batch_size}")
-    want(config.score_gain > 0, "score_gain", "more than 0")
-    want(0 < config.curated_fraction < 1, "curated_fraction", "a fraction between 0 and 1")
-    want(config.reference_noise == -1 or 0 <= config.reference_noise <= 1, "reference_noise",
-         "a fraction from 0 to 1, or -1 for the pool's")
-    for flag in ("reference_steps", "active_steps", "active_learning_rate", "weight_decay"):
-        want(config[flag] >= 0, flag, "at least 0")
-    for flag in ("learning_rate", "reference_learning_rate", "clip_norm"):
-        want(config[flag] > 0, flag, "more than 0")
-    for flag in ("warmup", "beta2"):
-        want(0 <= config[flag] < 1, flag, "a fraction below 1")
-    want(config.context >= 2, "context", "at least 2")
-    if "label_noise" in typed:
-        raise ValueError("--label_noise is not read here: give --caption_noise")
+    flags.require_arms(config, config.arms)
+    require(config.n_chunks <= config.batch_size, "n_chunks",
+            f"at most one chunk per example of the sub-batch, {config.batch_size}")
+    for steps in {config.steps, config.active_steps, config.reference_steps} - {0}:
+        require(round(config.warmup * steps) < steps, "warmup", "less than all of the steps: with "
+                f"{steps} steps nothing is left after it")
     devices.divides(batch_size=config.batch_size)
     n = jax.device_count()
-    want(super_batch_size(config) % n == 0, "filter_ratio", "a super-batch, batch_size / (1 - "
-         f"filter_ratio), that divides over {n} devices")
-    if "flexi_jest" in methods:
-        want(config.batch_size % (2 * n) == 0, "batch_size", f"a multiple of {2 * n}: flexi_jest "
-             "halves each device's share")
+    require(super_batch_size(config) % n == 0, "filter_ratio", "a super-batch, batch_size / (1 - "
+            f"filter_ratio), that divides over {n} devices")
+    require("flexi_jest" not in methods or config.batch_size % (2 * n) == 0, "batch_size",
+            f"a multiple of {2 * n}: flexi_jest halves each device's share")
 
 
-def build_model(config, size, source, vocab):
-    """A Model of that size for the images of a source."""
+def build_model(config, flag, source, vocab):
+    """A Model of the size that a flag names, for the images of a source."""
     side = source.image_shape[0]
     flexi = any(split_arm(arm)[0] == "flexi_jest" for arm in config.arms)
-    for flag in ("patch", "low_patch") if flexi else ("patch",):
-        if side % config[flag]:
-            raise ValueError(f"--{flag}={config[flag]} does not divide the image side {side}")
+    for patch in ("patch", "low_patch") if flexi else ("patch",):
+        if side % config[patch]:
+            raise ValueError(f"--{patch}={config[patch]} does not divide the image side {side}")
     try:
-        vit.size(size)
+        vit.size(config[flag])
     except ValueError as e:
-        raise ValueError(f"--model or --reference_model: {e}") from None
+        raise ValueError(f"--{flag}: {e}") from None
     shared = dict(pool=config.pool, dtype=config.dtype, remat=config.remat)
+    channels = source.image_shape[2]
     return Model(config.loss,
-                 vit.ViT(size, side, config.patch, config.embed, source.image_shape[2], **shared),
-                 vit.Text(size, vocab, config.context, config.embed, **shared))
+                 vit.ViT(config[flag], side, config.patch, config.embed, channels, **shared),
+                 vit.Text(config[flag], vocab, config.context, config.embed, **shared))
 
 
 def make_arm(arm, config, model, reference_model):
-    """'steps', 'optimiser', 'step' (`train_step`) and 'look' (`diagnose`) of an arm, or of the
-    'reference', whose training is a uniform run."""
-    method, kind = ("uniform", "learnability") if arm == "reference" else split_arm(arm)
+    """What trains an arm, or the 'reference', whose training is a uniform run: the number of steps,
+    the `Method`, the optimiser, and `train_step` and `diagnose` as a `devices.pmap`."""
+    name, kind = ("uniform", "learnability") if arm == "reference" else split_arm(arm)
+    steps = (name != "uniform" and config.active_steps) or config.steps
+    peak = (name != "uniform" and config.active_learning_rate) or config.learning_rate
     if arm == "reference":
-        steps, rate = config.reference_steps or config.steps, config.reference_learning_rate
+        steps, peak = config.reference_steps or config.steps, config.reference_learning_rate
         model = reference_model
-    elif method == "uniform":
-        steps, rate = config.steps, config.learning_rate
-    else:
-        steps = config.active_steps or config.steps
-        rate = config.active_learning_rate or config.learning_rate
-    optimiser = adam(rate, steps, warmup=config.warmup, weight_decay=config.weight_decay,
+    method = flags.build(Method, config, method=name, kind=kind,
+                         low_patch=config.low_patch if name == "flexi_jest" else 0)
+    optimiser = adam(peak, steps, warmup=config.warmup, weight_decay=config.weight_decay,
                      b2=config.beta2, clip_norm=config.clip_norm)
-    knobs = dict(kind=kind, model=model, reference_model=reference_model,
-                 n_select=config.batch_size, n_chunks=config.n_chunks,
-                 score_gain=config.score_gain,
-                 low_patch=config.low_patch if method == "flexi_jest" else 0)
-    step = functools.partial(train_step, method=method, optimiser=optimiser, cotrain=config.cotrain,
-                             **knobs)
-    return run.Namespace(
-        steps=steps, optimiser=optimiser,
-        step=devices.Program(step, (None, None, None, 0), donate=True),
-        look=devices.Program(functools.partial(diagnose, **knobs), (None, None, 0)))
+    parts = dict(method=method, model=model, reference_model=reference_model)
+    return flags.Namespace(
+        steps=steps, method=method, optimiser=optimiser,
+        step=devices.pmap(functools.partial(train_step, optimiser=optimiser, **parts),
+                          (None, None, None, 0), donate=True),
+        look=devices.pmap(functools.partial(diagnose, **parts), (None, None, 0)))
 
 
-def arm_cost(arm, reuse=False, *, config, model, reference_model):
+def arm_cost(method, config, model, reference_model, reuse=False):
     """`step_flops` of an arm."""
-    method, kind = split_arm(arm)
     computed = config.reference_scores == "computed"
+    F_low = forward_flops(cut_at(model, method.low_patch)) if method.low_patch else 0
     return step_flops(
-        method, kind, config.batch_size, super_batch_size(config), forward_flops(model),
-        F_low=forward_flops(cut_at(model, config.low_patch)) if method == "flexi_jest" else 0,
-        F_reference=forward_flops(reference_model) if computed else 0, n_chunks=config.n_chunks,
-        embed=config.embed, cotrain=config.cotrain, reuse=reuse)
+        method.method, method.kind, config.batch_size, super_batch_size(config),
+        forward_flops(model), F_low=F_low, n_chunks=config.n_chunks, embed=config.embed,
+        F_reference=forward_flops(reference_model) if computed else 0, cotrain=config.cotrain,
+        reuse=reuse)
 
 
-def embed_pool(params, pool, forward, batch_size, path):
-    """The reference's embeddings of a whole pool, {'image', 'text'} [len(pool), E], in the order of
-    its ids, and the seconds they took; cached in the file `path`."""
-    def make():
-        parts = list(stage.forward_all(params, forward, pool, batch_size))
-        return ({k: np.concatenate([got[k] for got, _ in parts]) for k in ("image", "text")},
-                sum(seconds for _, seconds in parts))
-    arrays, seconds = stage.cached(path, params, pool, make)
-    return {k: arrays[k] for k in ("image", "text")}, seconds  # a file has 'id' too
+def iteration_cost(name, cost, cost_if_reused, uniform_cost):
+    """A line on what an iteration of an arm costs relative to uniform's. Passes of the reference
+    are left out, as in the paper. The costs: `step_flops`."""
+    total = lambda bill: flops.total_flops(bill, "foundation_dataset")
+    once, reused = (100 * total(c) / total(uniform_cost) for c in (cost, cost_if_reused))
+    return (f"an iteration of {name} costs {once:.0f} % of uniform's; {reused:.0f} % if the forward "
+            f"of what is picked were reused; the sampler is "
+            f"{100 * cost['selection'] / total(cost):.1f} % of it")
 
 
-def iteration_cost(arms, cost):
-    """What an iteration of each arm costs relative to uniform, one line an arm, reference passes
-    left out as in the paper. cost(arm, reuse) -> FLOPs by role."""
-    lines, of = [], lambda arm, reuse: report.total_flops(cost(arm, reuse), "foundation_dataset")
-    for arm in arms:
-        if arm != "uniform":
-            once, reused = (of(arm, reuse) / of("uniform", False) for reuse in (False, True))
-            share = cost(arm, False)["selection"] / of(arm, False)
-            lines.append(f"an iteration of {arm} costs {100 * once:.0f} % of uniform's; "
-                         f"{100 * reused:.0f} % if the forward of what is picked were reused; the "
-                         f"sampler is {100 * share:.1f} % of it")
-    return "\n".join(lines)
+def load_batches(pool, seed, batch_size, steps, start, cached=None, selects=False):
+    """Yields sharded batches of steps start .. steps - 1, with the reference's cached embeddings.
+    If the step selects from a batch, no pair may be in it twice."""
+    for batch in data.batches(pool, seed=seed, batch_size=batch_size, start=start, stop=steps,
+                              host=devices.host(), wrap=not selects, flags="--filter_ratio"):
+        rows = np.searchsorted(pool.ids, batch["id"])
+        batch |= {f"reference_{k}": v[rows] for k, v in (cached or {}).items()}
+        yield devices.shard({k: v for k, v in batch.items()
+                             if k not in ("id", "label", "caption_hash")})
 
 
 def main():
-    config, typed = run.resolve(PRESETS)
-    devices.start(config.coordinator, config.num_processes, config.process_id)
-    check(config, typed)
-    encode, vocab = data.tokenizer(config.tokenizer or "bytes")
-    open_split = lambda flag, split, split_flag: data.open_source(
-        config[flag], split, data_dir=config.data_dir, image_size=config.image_size,
-        context=config.context, encode=encode, need=("caption",), toy_knobs=run.toy_knobs(config),
-        flags=(flag, split_flag))
-    source = open_split("dataset", config.split, "split")
-    test_source = open_split("dataset", config.eval_split, "eval_split")
-    curated_source = config.reference_dataset and open_split("reference_dataset", "train", "split")
+    config, _ = flags.resolve(PRESETS)
+    devices.start(config)
+    check(config)
+    noise = flags.planted(config, "caption_noise", TOY_NOISE["caption_noise"])
+    encode, vocab = data.tokenizer(config.tokenizer)
+    source, test_source = data.open_splits(config, encode, context=config.context,
+                                           need=("caption",))
+    b, B = config.batch_size, super_batch_size(config)
+    curated_source = None
+    if config.reference_dataset:
+        curated_source = data.open_source(
+            config.reference_dataset, "train", data_dir=config.data_dir, need=("caption",),
+            image_size=source.image_shape[0], context=config.context, encode=encode,
+            toy_knobs=data.toy_knobs(config), flags=("reference_dataset", "split"))
     if any(split_arm(arm)[0] != "uniform" for arm in config.arms):
         n_curated = 0 if curated_source else round(config.curated_fraction * len(source.ids))
-        data.check_batch(source.ids[n_curated:], super_batch_size(config),
-                         f"--filter_ratio={config.filter_ratio}")
-    model = build_model(config, config.model, source, vocab)
-    reference_model = build_model(config, config.reference_model or config.model, source, vocab)
-    if curated_source and curated_source.image_shape != source.image_shape:
-        raise ValueError(f"--reference_dataset={config.reference_dataset}: its images are "
-                         f"{curated_source.image_shape}, not {source.image_shape}: give "
-                         "--image_size")
-    like = jax.eval_shape(lambda: init(jax.random.key(0), reference_model))
-    stage.check_given(config, like, trains=("curated",))
-    run.open_workdir(config)
-    for part, flag in ((source, "split"), (test_source, "eval_split")):
-        data.count_captions(part, encode, config.context, f"--{flag}={config[flag]}")
+        data.check_batch(source.ids[n_curated:], B, f"--filter_ratio={config.filter_ratio}")
+    model = build_model(config, "model", source, vocab)
+    reference_model = build_model(
+        config, "reference_model" if config.reference_model else "model", source, vocab)
+    about = {"model": {k: vit.architecture(getattr(reference_model, k)) for k in ("image", "text")},
+             "loss": config.loss, "tokenizer": data.fingerprint(encode)}
+    template = jax.eval_shape(lambda: init(jax.random.key(0), reference_model))
+    given = {}  # references from elsewhere, by seed
+    if config.reference != "curated":
+        given = {seed: reference.load(flags.for_seed(config.reference, seed), template, about)
+                 for seed in config.seeds}
 
-    metrics_file = report.MetricsFile(os.path.join(config.workdir, "metrics.jsonl"))
-    stop, test_pool = run.Stop(), data.Pool(test_source)
-    forwards = {m: make_forwards(m) for m in (model, reference_model)}
-    class_tokens = None
-    if test_source.class_names and "label" in test_source.read(test_source.ids[:1]):
-        class_tokens = np.stack([data.tokenize(config.prompt.replace("{}", name), config.context, encode)
-                                 for name in test_source.class_names])
-    b, B, F_reference = config.batch_size, super_batch_size(config), forward_flops(reference_model)
-    made = {arm: make_arm(arm, config, model, reference_model)
+    run = train.Run(config, {"split": source.fingerprint, "eval_split": test_source.fingerprint})
+    arms = {arm: make_arm(arm, config, model, reference_model)
             for arm in ("reference", *config.arms)}
-    cost = functools.partial(arm_cost, config=config, model=model, reference_model=reference_model)
+    costs = {name: arm_cost(arm.method, config, model, reference_model)
+             for name, arm in arms.items()}
+    forwards = {m: make_forwards(m) for m in (model, reference_model)}
+    test_pool, class_tokens = data.Pool(test_source), None
+    if test_source.class_names and "label" in test_source.read(test_source.ids[:1]):
+        class_tokens = np.stack([
+            data.tokenize(config.prompt.replace("{}", name), config.context, encode)
+            for name in test_source.class_names])
+    F_reference = forward_flops(reference_model)
 
-    def load(pool, seed, start, stop_at, n, given, selects):
-        """Sharded batches of n pairs, with what the reference said of them. If the step selects
-        from them, no pair may be in a batch twice."""
-        for batch in data.batches(pool, seed=seed, batch_size=n, start=start, stop=stop_at,
-                                  host=devices.host(), wrap=not selects,
-                                  flags=f"--filter_ratio={config.filter_ratio}"):
-            rows = np.searchsorted(pool.ids, batch["id"])
-            batch |= {f"reference_{k}": v[rows] for k, v in (given or {}).items()}
-            yield devices.shard({k: v for k, v in batch.items()
-                                 if k not in ("id", "label", "caption_hash")})
-
-    def train(name, seed, pool, state, key, model, *, per_step, n_scored=b, given=None, look=None,
-              **rest):
-        """One stage or arm, evaluated as it goes."""
-        def metrics_of(state):
-            metrics = evaluate(state["learner"]["params"], forwards[model], test_pool, b,
-                               class_tokens)
-            return metrics | (look(state)[0] if look else {})
-        return stage.fit(
-            name, seed, made[name].step, state, key,
-            lambda start: load(pool, seed, start, made[name].steps, n_scored, given,
-                               selects=look is not None),
-            steps=made[name].steps, batch_size=b, n_scored=n_scored, per_step=per_step,
-            config=config, stop=stop, metrics_file=metrics_file, metrics_of=metrics_of, **rest)
+    def evaluator(model, look=None):
+        """state -> metrics; `look` adds those of `diagnose`."""
+        def metrics(state):
+            got = evaluate(state["learner"]["params"], forwards[model], test_pool, b, class_tokens)
+            return got | (look(state)[0] if look else {})
+        return metrics
 
     def frozen_reference(seed, curated, pool, key_init, key_steps):
-        """Weights, cached embeddings of `pool` (or None), FLOPs by role and seconds of it all."""
-        if config.reference == "curated":
-            state = {"learner": new_state(key_init, reference_model, made["reference"].optimiser)}
-            train("reference", seed, curated, state, key_steps, reference_model, one_off={},
-                  setup_seconds=0.0, per_step={"reference_training": 3 * b * F_reference})
-            where = os.path.join(config.workdir, "checkpoints", f"reference-{seed}")
-        else:
-            where = run.for_seed(config.reference, seed)
-        params, books = checkpoint.restore_params(where, like, "reference")
-        flops, seconds, given = {"reference_training": books["flops"]}, books["seconds"], None
-        if config.reference_scores == "cached":
-            path = (run.for_seed(config.score_cache, seed) if config.score_cache else
-                    os.path.join(config.workdir, f"embeddings-{seed}.npz"))
-            given, took = embed_pool(params, pool, forwards[reference_model][0], b, path)
-            flops["reference_scoring"] = len(pool) * F_reference
-            seconds += took
-        return params, given, flops, seconds
+        """Weights, cached embeddings of `pool` (or None), and `train.Totals` of the frozen
+        reference. They enter an arm's bill as its set-up."""
+        params, cost = given.get(seed, (None, None))
+        if params is None:
+            arm = arms["reference"]
+            state = {"learner": new_state(key_init, reference_model, arm.optimiser)}
+            stage = run.stage("reference", seed, arm.steps, about=about)
+            load = functools.partial(load_batches, curated, seed, b, arm.steps)
+            state = train_stage(stage, state, arm.step, key_steps, load,
+                                evaluator(reference_model), trained=b, scored=b,
+                                flops={"reference_training": 3 * b * F_reference})
+            params, cost = state["learner"]["params"], stage.totals
+        setup = train.Totals(setup_seconds=cost.seconds,
+                             flops={"reference_training": sum(cost.flops.values())})
+        if config.reference_scores == "computed":
+            return params, None, setup
+
+        def embeddings():
+            got, seconds = reference.forward_all(params, forwards[reference_model][0], pool, b)
+            return {k: got[k] for k in ("image", "text")}, seconds
+        cached, seconds = reference.cached(run.path(f"embeddings-{seed}.npz"),
+                                           reference.made_by(params, pool), embeddings)
+        return params, cached, setup.plus(
+            setup_seconds=seconds, flops={"reference_scoring": len(pool) * F_reference})
 
     shown = None
     for seed in config.seeds:
-        whole = data.Pool(source, noise=config.caption_noise, field="tokens", seed=seed)
+        whole = data.Pool(source, noise=noise, field="tokens", seed=seed)
         ids, rest_ids = data.split(whole.ids, config.curated_fraction, seed)
-        curated, rest = whole.subset(ids), whole.subset(rest_ids)
+        curated, train_pool = whole.subset(ids), whole.subset(rest_ids)
         if curated_source:
-            curated, rest = data.Pool(curated_source, field="tokens", seed=seed), whole
+            curated, train_pool = data.Pool(curated_source, field="tokens", seed=seed), whole
         if config.reference_noise >= 0:
             curated = curated.replant(config.reference_noise)
         key_init, key_reference, key_steps = jax.random.split(jax.random.key(seed), 3)
-        reference = None
-        for arm in config.arms:
-            method, kind = split_arm(arm)
-            state = {"learner": new_state(key_init, model, made[arm].optimiser)}
-            pool, n, given, one_off, seconds, look = whole, b, None, {}, 0.0, None
-            if method != "uniform" and "reference" in SCORES[kind]:
-                reference = reference or frozen_reference(seed, curated, rest, key_reference,
-                                                          key_steps)
-                params, given, one_off, seconds = reference
-                state["reference"] = logit_scale_and_bias(params) if given else params
-            if method != "uniform":
-                pool, n = rest, B  # the curated part is the reference's; uniform has the whole pool
-                batch = next(load(pool, seed, made[arm].steps, made[arm].steps + 1, B, given, True))
-                look = lambda state, batch=batch, arm=arm: jax.device_get(made[arm].look(
-                    state, key_steps, batch))
-            state = train(arm, seed, pool, state, key_steps, model, n_scored=n, given=given,
-                          look=look, one_off=one_off, setup_seconds=seconds, per_step=cost(arm))
+        frozen = None
+        if any(arm.method.method != "uniform" and "reference" in SCORES[arm.method.kind]
+               for arm in arms.values()):
+            frozen = frozen_reference(seed, curated, train_pool, key_reference, key_steps)
+
+        for name in config.arms:
+            arm = arms[name]
+            selects = arm.method.method != "uniform"
+            state = {"learner": new_state(key_init, model, arm.optimiser)}
+            cached, setup, look = None, train.Totals(), None
+            if selects and "reference" in SCORES[arm.method.kind]:
+                params, cached, setup = frozen
+                state["reference"] = logit_scale_and_bias(params) if cached else params
+            # The curated part is the reference's: a cost of the method. Uniform has the whole pool.
+            pool, n = (train_pool, B) if selects else (whole, b)
+            load = functools.partial(load_batches, pool, seed, n, cached=cached, selects=selects)
+            if selects:  # diagnosed on the super-batch after the last step
+                after = next(load(arm.steps + 1, arm.steps))
+                look = lambda state, arm=arm, after=after: jax.device_get(
+                    arm.look(state, key_steps, after))
+            stage = run.stage(name, seed, arm.steps, spent=setup)
+            state = train_stage(stage, state, arm.step, key_steps,
+                                functools.partial(load, arm.steps), evaluator(model, look),
+                                trained=b, scored=n, flops=costs[name])
             # picks.png: of the first arm that selects, but rather of jest than of independent
-            if look and (shown is None or (method == "jest" and shown["arm"] == "independent")):
+            if selects and (shown is None or (arm.method.method == "jest"
+                                              and shown["arm"] == "independent")):
                 _, score_B, pick_S = look(state)
-                shown = dict(arm=arm, pool=pool, score_B=score_B, pick_S=pick_S,
-                             ids=data.batch_ids(pool.ids, seed, made[arm].steps, B))
+                shown = dict(arm=name, pool=pool, score_B=score_B, pick_S=pick_S,
+                             ids=data.batch_ids(pool.ids, seed, arm.steps, B))
 
     if jax.process_index() == 0:
-        report.conclude(metrics_file.rows(), config.workdir, picks=shown, script="jest",
+        report.conclude(run.metrics.rows(), config.workdir, picks=shown, script="jest",
                         arms=config.arms, seeds=config.seeds, metric="recall@10",
-                        dataset=run.dataset_name(config.dataset))
-        print("", iteration_cost(config.arms, cost), sep="\n")
+                        dataset=config.dataset)
+        for name in config.arms:
+            if name != "uniform":
+                reused = arm_cost(arms[name].method, config, model, reference_model, reuse=True)
+                uniform = step_flops("uniform", "learnability", b, B, forward_flops(model))
+                print(iteration_cost(name, costs[name], reused, uniform))
 
 
 if __name__ == "__main__":
     define_flags()
-    run.main(main)
+    flags.run(main)

@@ -166,10 +166,10 @@ def read_seeds(texts):
     return seeds
 
 
-def build(kind, config, **others):
+def build(dataclass, config, **others):
     """A dataclass whose fields are the flags of the same names, or are given in `others`."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    return kind(**{name: others[name] if name in others else config[name] for name in names})
+    names = [field.name for field in dataclasses.fields(dataclass)]
+    return dataclass(**{name: others[name] if name in others else config[name] for name in names})
 
 
 def require(config, ok, flag, what):
