@@ -18,9 +18,9 @@ Dimension letters: N images of a device (in `divide`, `clusters`, `partition`: o
 all devices, E projection, D representation, K clusters, J candidates of k-means++, T rows of a
 tile, R restarts, B blocks of S slots, C classes, H W C image.
 
-Minutes on a CPU:        python dnc.py
-On a prepared data set:  python dnc.py --preset=patchwork --dataset=path/to/patchwork/1.0.0
-ResNet-50, 224 px:       python dnc.py --preset=imagenet_R50  (a trial, on generated images)
+Minutes on two CPU cores:  python dnc.py
+On a prepared data set:    python dnc.py --preset=patchwork --dataset=path/to/patchwork/1.0.0
+ResNet-50, 224 px:         python dnc.py --preset=imagenet_R50  (a trial, on generated images)
 
 There is no official code, and we could not read the paper's text in full. What is recalled or
 chosen is a flag, or is named where it is done.
@@ -29,95 +29,92 @@ chosen is a flag, or is named where it is done.
 import dataclasses
 import functools
 import math
-import os
 import time
 
-from absl import flags, logging
+from absl import logging
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common import augment, data, devices, probe, report, resnet, run, stage, vit
+from common import augment, data, devices, flags, probe, reference, report, resnet, train, vit
 from common.devices import AXIS
 
 ARMS = ("moclr", "moclr_flops", "dnc", "dnc_random", "self_distil", "dnc_oracle")
 DIVIDES = ("dnc", "dnc_random", "dnc_oracle")  # have experts
 
 PRESETS = {
-    # minutes on two CPU cores; up to 64 px no blur and weaker colours (SimCLR's recipe for CIFAR)
-    "toy": dict(
-        arms=["moclr", "dnc", "dnc_random", "self_distil"], toy_examples=3000, toy_tail=1.5,
-        image_size=16, model="8/16", hidden=128, embed=64, head_hidden=128, blur=["0", "0"],
-        solarise=["0", "0"], jitter=0.5, crop_area=0.3, batch_size=64, steps=600, eval_every=100,
-        learning_rate=4.0, distil_learning_rate=4.0, m0=0.97, clusters=4, warmup=0.05),
     # the README's table: heavy-tailed, halved to 16 px; give its path as --dataset. An hour a seed
     # on one CPU core, and so 33 epochs, where the paper has thousands
     "patchwork": dict(
-        dataset="patchwork", arms=list(ARMS), image_size=16, model="8/16", hidden=256, embed=64,
-        head_hidden=256, blur=["0", "0"], solarise=["0", "0"], jitter=0.5, crop_area=0.2,
-        batch_size=64, steps=9000, eval_every=900, learning_rate=32.0,
-        distil_learning_rate=32.0, m0=0.97, warmup=0.05, base_fraction=0.3,
-        experts_fraction=0.3, distil_fraction=0.4, expert_init="base", student_init="base"),
-    # the flags' own defaults are BYOL's model, rate, decay and m0 for 1000 epochs; so few updates
-    # of generated images show that it runs. 3000 epochs, as recalled: --dataset=imagenet2012
-    # --eval_split=validation --batch_size=4096 --steps=938355
-    "imagenet_R50": dict(image_size=224, toy_examples=4096, dtype="bfloat16", eval_every=500),
+        dataset="patchwork", arms=list(ARMS), hidden=256, head_hidden=256, crop_area=0.2,
+        steps=9000, eval_every=900, learning_rate=32.0, distil_learning_rate=32.0, clusters=5,
+        base_fraction=0.3, experts_fraction=0.3, distil_fraction=0.4, expert_init="base",
+        student_init="base"),
+    # BYOL's model, rate, decay and m0 for 1000 epochs; so few updates of generated images show that
+    # it runs. 3000 epochs, as recalled: --dataset=imagenet2012 --eval_split=validation
+    # --batch_size=4096 --steps=938355
+    "imagenet_R50": dict(
+        arms=["moclr", "moclr_flops", "dnc", "dnc_random", "self_distil"], image_size=224,
+        toy_examples=4096, toy_tail=1.0, model="50", hidden=4096, embed=256, head_hidden=4096,
+        dtype="bfloat16", crop_area=0.08, jitter=1.0, blur=["1.0", "0.1"], solarise=["0.0", "0.2"],
+        m0=0.996, clusters=5, steps=1000, batch_size=256, eval_every=500, learning_rate=0.2,
+        distil_learning_rate=0.2, warmup=0.01),
 }
 
 
 def define_flags():
-    run.define_flags("dnc")
-    flags.adopt_module_key_flags(run)  # so that --help shows them too
-    f = flags
-    # method
-    f.DEFINE_list("arms", ["moclr", "moclr_flops", "dnc", "dnc_random", "self_distil"],
-                  f"of {', '.join(ARMS)}; the first is the baseline")
-    f.DEFINE_float("base_fraction", 1 / 3, "part of the visits that is the base's")
-    f.DEFINE_float("experts_fraction", 1 / 2, "part of the visits that all experts share, each by "
-                   "the size of its cluster")
-    f.DEFINE_float("distil_fraction", 1 / 6, "part of the visits that is the student's (together "
-                   "1000 + 1500 + 500 epochs)")
-    f.DEFINE_integer("clusters", 5, "K")
-    f.DEFINE_integer("restarts", 10, "runs of k-means, of which the best is taken")
-    f.DEFINE_integer("kmeans_iterations", 20, "of Lloyd at most, in each run")
-    f.DEFINE_integer("kmeans_examples", 1_000_000, "k-means is fitted on at most as many; all are "
-                     "assigned")
-    f.DEFINE_string("assignment", None, "file of the clusters that another run of the same base "
-                    "left; '{seed}' is filled in (default: made, in the work directory)")
-    f.DEFINE_enum("expert_init", "scratch", ["scratch", "base"], "first weights of the experts")
-    f.DEFINE_enum("student_init", "scratch", ["scratch", "base"], "first weights of the student")
-    f.DEFINE_float("temperature", 0.1, "tau of the contrastive loss")
-    f.DEFINE_bool("same_view_negatives", True, "the other images' targets of an image's own view "
-                  "are negatives too (SimCLR; MoCo v3 has none)")
-    f.DEFINE_float("m0", 0.996, "decay of the momentum encoder at the start; 1 at the end "
-                   "(BYOL: .97 for 40 epochs, .99 for 100 and 300, .996 for 1000)")
-    # augmentation
-    f.DEFINE_float("crop_area", 0.08, "least area of a crop")
-    f.DEFINE_float("jitter", 1.0, "strength of the colour jitter, as a factor of BYOL's")
-    f.DEFINE_list("blur", ["1.0", "0.1"], "probability of blur, in each of the two views")
-    f.DEFINE_list("solarise", ["0.0", "0.2"], "probability of solarisation, in each view")
-    # model
-    f.DEFINE_string("model", "50", "ResNet: 18, 50, or 'depth/width' with depth 18, 50 or 6n + 2; "
-                    "up to 64 px with a stem for small images")
-    f.DEFINE_integer("hidden", 4096, "hidden width of the projector")
-    f.DEFINE_integer("embed", 256, "width E of the projection")
-    f.DEFINE_integer("head_hidden", 4096, "hidden width of the student's regression heads")
-    f.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the activations")
-    # optimisation
-    f.DEFINE_integer("steps", 1000, "updates, in all stages of an arm together")
-    f.DEFINE_integer("batch_size", 256, "images per update")
-    f.DEFINE_float("learning_rate", 0.2, "of LARS, at 256 images; times batch_size / 256; linear "
-                   "warm-up, cosine to 0 in each stage (BYOL: .45 for 40 and 100 epochs, .3 for "
-                   "300, .2 for 1000)")
-    f.DEFINE_float("distil_learning_rate", 0.2, "the same of the distillation")
-    f.DEFINE_float("weight_decay", 1.5e-6, "inside LARS, on kernels")
-    f.DEFINE_float("warmup", 0.01, "fraction of a stage's steps")
-    # data, report
-    f.DEFINE_integer("class_cap", 0, "at most so many examples of a class in the pool: the balanced "
-                     "twin of a heavy-tailed set; 0: all")
-    f.DEFINE_bool("pixel_probe", False, "also report the linear probe on the raw pixels")
+    f = flags.Group("Method")
+    f.names("arms", ["moclr", "dnc", "dnc_random", "self_distil"], f"of {', '.join(ARMS)}; the first "
+            "is the baseline")
+    f.number("base_fraction", 1 / 3, "(0, 1)", "part of the visits that is the base's")
+    f.number("experts_fraction", 1 / 2, "(0, 1)", "part of the visits that all experts share, each "
+             "by the size of its cluster")
+    f.number("distil_fraction", 1 / 6, "(0, 1)", "part of the visits that is the student's (the "
+             "three together: 1000 + 1500 + 500 epochs)")
+    f.integer("clusters", 4, "[1, inf)", "K (paper: 5 and 10)")
+    f.integer("restarts", 10, "[1, inf)", "runs of k-means, of which the best is taken")
+    f.integer("kmeans_iterations", 20, "[1, inf)", "of Lloyd at most, in each run")
+    f.integer("kmeans_examples", 1_000_000, "[1, inf)", "k-means is fitted on at most so many; all "
+              "are assigned")
+    f.choice("expert_init", "scratch", ["scratch", "base"], "first weights of the experts")
+    f.choice("student_init", "scratch", ["scratch", "base"], "first weights of the student")
+    f.number("temperature", 0.1, "(0, inf)", "tau of the contrastive loss")
+    f.switch("same_view_negatives", True, "the other images' targets of an image's own view are "
+             "negatives too (SimCLR; MoCo v3 has none)")
+    f.number("m0", 0.97, "[0, 1]", "decay of the momentum encoder at the start; 1 at the end (BYOL: "
+             ".97 for 40 epochs, .99 for 100 and 300, .996 for 1000)")
+
+    f = flags.Group("Augmentation (up to 64 px: no blur and weaker colours, SimCLR's for CIFAR)")
+    f.number("crop_area", 0.3, "(0, 1]", "least area of a crop (BYOL: 0.08)")
+    f.number("jitter", 0.5, "[0, 2.5]", "strength of the colour jitter, as a factor of BYOL's; at "
+             "2.5 a factor reaches 0")
+    f.names("blur", ["0", "0"], "probability of blur, in each of the two views (BYOL: 1.0,0.1)")
+    f.names("solarise", ["0", "0"], "probability of solarisation, in each view (BYOL: 0.0,0.2)")
+
+    f = flags.Group("Models")
+    f.text("model", "8/16", "ResNet: 18, 50, or 'depth/width' with depth 18, 50 or 6n + 2; up to 64 "
+           "px with a stem for small images")
+    f.integer("hidden", 128, "[1, inf)", "hidden width of the projector (BYOL: 4096)")
+    f.integer("embed", 64, "[1, inf)", "width E of the projection (BYOL: 256)")
+    f.integer("head_hidden", 128, "[1, inf)", "hidden width of the student's regression heads")
+    f.choice("dtype", "float32", ["float32", "bfloat16"], "type of the activations")
+
+    f = flags.Group("Optimisation")
+    f.integer("steps", 600, "[1, inf)", "updates, in all stages of an arm together")
+    f.integer("batch_size", 64, "[2, inf)", "images per update: at least a negative for each")
+    f.number("learning_rate", 4.0, "(0, inf)", "of LARS, at 256 images; times batch_size / 256; "
+             "linear warm-up, cosine to 0 in each stage (BYOL: .45 for 40 and 100 epochs, .3 for "
+             "300, .2 for 1000)")
+    f.number("distil_learning_rate", 4.0, "(0, inf)", "the same of the distillation")
+    f.number("weight_decay", 1.5e-6, "[0, inf)", "inside LARS, on kernels")
+    f.number("warmup", 0.05, "[0, 1)", "fraction of a stage's steps")
+
+    flags.define_shared("dnc", toy_noise={}, toy_examples=3000, toy_tail=1.5, image_size=16)
+    f = flags.Group("Data")
+    f.integer("class_cap", 0, "[0, inf)", "at most so many examples of a class in the pool: the "
+              "balanced twin of a heavy-tailed set; 0: all")
 
 
 # ------------------------------------------------------------------------------------- models
@@ -461,7 +458,7 @@ def kmeans_flops(n_fit, n_all, K, D, restarts, iterations):
 # --------------------------------------------------------------- 2. divide: partition, experts
 
 
-def divide(key, h_ND, k, *, examples, restarts, iterations, seed):
+def cluster(key, h_ND, k, *, examples, restarts, iterations, seed):
     """(cluster [N] of each representation, seconds). k-means is fitted on a random part of at most
     `examples`, and then all N are assigned. The time to compile does not count."""
     fit = np.sort(np.random.default_rng((seed, 4)).permutation(len(h_ND))[:examples])
@@ -474,37 +471,16 @@ def divide(key, h_ND, k, *, examples, restarts, iterations, seed):
         return devices.shard({"x": np.pad(x_ND[mine], ((0, rows - len(x_ND[mine])), (0, 0))),
                               "valid": valid})
 
-    fitted = devices.Program(lambda key, b: kmeans(
+    fit_to = devices.pmap(lambda key, b: kmeans(
         key, b["x"], k, restarts=restarts, iterations=iterations, valid_N=b["valid"],
         axis=AXIS)[0], (None, 0))
-    assigned = devices.Program(lambda centres_KD, b: gather(
+    assign = devices.pmap(lambda centres_KD, b: gather(
         nearest(b["x"], centres_KD, b["valid"])[0], AXIS), (None, 0))
-    some, every = sharded(h_ND[fit]), sharded(h_ND)
-    fitted.compile(key, some)
-    assigned.compile(np.zeros((k, h_ND.shape[1]), np.float32), every)
-    begin = time.perf_counter()
-    cluster_N = np.asarray(assigned(jax.device_get(fitted(key, some)), every))[:len(h_ND)]
-    return cluster_N.astype(np.int32), time.perf_counter() - begin
-
-
-def clusters(path, key, base, forward, pool, batch_size, k, **how):
-    """(cluster [N] of every example of a pool, seconds): k-means of what the frozen base says.
-
-    The representations are those of the whole image in evaluation mode, L2-normalised. If there is
-    a file `path`, the clusters are read from it; otherwise they are written into it.
-    """
-    def make():
-        out, seconds = features(base, forward, pool, batch_size)
-        cluster_N, took = divide(key, probe.unit(out["h"]), k, **how)
-        return {"cluster": cluster_N, "sha256": np.array(stage.digest(cluster_N))}, seconds + took
-    arrays, seconds = stage.cached(path, base, pool, make, "assignment", clusters=k)
-    check_hash(arrays, path)
-    return arrays["cluster"], seconds
-
-
-def check_hash(arrays, path):
-    if stage.digest(arrays.get("cluster", ())) != str(arrays.get("sha256")):
-        raise ValueError(f"--assignment: {path} is damaged (its hash differs): delete it")
+    begin = time.perf_counter() - devices.compiling.seconds
+    centres_KD = jax.device_get(fit_to(key, sharded(h_ND[fit])))
+    cluster_N = np.asarray(assign(centres_KD, sharded(h_ND)))[:len(h_ND)]
+    seconds = time.perf_counter() - devices.compiling.seconds - begin
+    return cluster_N.astype(np.int32), seconds
 
 
 def partition(arm, cluster_N, label_N, k, seed):
@@ -692,130 +668,226 @@ def step_flops(role, b, model, *, K=0):
     return 3 * b * (F + F_heads) + b * F + own * F
 
 
-def declared_flops(arm, steps, b, model, *, K, n_all, n_fit, restarts, iterations):
-    """{role: FLOPs} of a whole arm, whose stages have these `steps`. dnc_random pays for the
-    clusters too, because it uses their sizes. dnc_oracle gets its groups for nothing."""
-    stages = {"base": step_flops("base", b, model), "experts": step_flops("experts", b, model),
-              "distil": step_flops("distillation", b, model, K=K if arm in DIVIDES else 0)}
-    clusters = n_all * forward_flops(model)[0] + kmeans_flops(
-        n_fit, n_all, K, model.encoder.features, restarts, iterations)
-    return {"base": steps["base"] * stages["base"],
-            "clustering": clusters if arm in ("dnc", "dnc_random") else 0,
-            "experts": steps["experts"] * stages["experts"],
-            "distillation": steps["distil"] * stages["distil"]}
+def clustering_flops(model, config, N):
+    """FLOPs of the clusters of N images: a forward of each by the base, and k-means."""
+    return N * forward_flops(model)[0] + kmeans_flops(
+        min(config.kmeans_examples, N), N, config.clusters, model.encoder.features, config.restarts,
+        config.kmeans_iterations)
 
 
-# --------------------------------------------------------------------------------- evaluation
+def declared_flops(arm, steps, model, config, N):
+    """{role: FLOPs} of a whole arm, whose stages have these `steps`, on a pool of N images.
+    dnc_random pays for the clusters too, because it uses their sizes. dnc_oracle gets its groups for
+    nothing."""
+    b, K = config.batch_size, config.clusters if arm in DIVIDES else 0
+    return {"base": steps["base"] * step_flops("base", b, model),
+            "clustering": clustering_flops(model, config, N) * (arm in ("dnc", "dnc_random")),
+            "experts": steps["experts"] * step_flops("experts", b, model),
+            "distillation": steps["distil"] * step_flops("distillation", b, model, K=K)}
+
+
+def budget(config, model, N):
+    """{arm: steps by stage}. `moclr_flops` gets the steps that cost as much as dnc."""
+    fractions = config.base_fraction, config.experts_fraction, config.distil_fraction
+    dnc = declared_flops("dnc", plan("dnc", config.steps, fractions), model, config, N)
+    equal = max(1, round(sum(dnc.values()) / step_flops("base", config.batch_size, model)))
+    return {arm: plan(arm, config.steps, fractions, equal) for arm in config.arms}
+
+
+# ------------------------------------------------------------------------- training, evaluation
+
+
+def train_stage(stage, state, step, key, load, evaluate, **cost):
+    """Trains a stage, from its last checkpoint to its end, and returns the state.
+
+    step: `contrast_step` or `distil_step` as a `devices.pmap`. load(start) yields the sharded
+    batches from step `start` on. evaluate(state, ends) -> metrics. cost: what `stage.count` charges
+    for a step.
+    """
+    state = stage.resume(state)
+    for index, batch in stage.batches(load):
+        state, metrics = step(state, index, key, batch)
+        stage.count(metrics, **cost)
+        if stage.evaluates:
+            stage.write(evaluate(state, stage.ends))
+        stage.save(state)
+    return state
 
 
 def make_forward(model):
-    """Program (frozen encoder, sharded batch) -> features 'h' and everything in the batch but the
-    image, gathered from all devices. What is clustered and evaluated is the whole image (of an
-    oblong one the centre square, which is cut when it is read)."""
+    """`devices.pmap` of (frozen encoder, sharded batch) -> features 'h' and everything in the batch
+    but the image, gathered from all devices. What is clustered and evaluated is the whole image (of
+    an oblong one the centre square, which is cut when it is read)."""
     def forward(net, batch):
         h_ND = represent(net, augment.normalise(augment.rgb(batch["image"])), model)
         out = {k: v for k, v in batch.items() if k != "image"} | {"h": h_ND}
         return {k: gather(v, AXIS) for k, v in out.items()}
-    return devices.Program(forward, in_axes=(None, 0))
+    return devices.pmap(forward, in_axes=(None, 0))
 
 
-def features(net, forward, pool, batch_size):
-    """({'h': features, 'label'} of a whole pool in the order of its ids, seconds)."""
-    parts = list(stage.forward_all(net, forward, pool, batch_size))
-    return ({k: np.concatenate([out[k] for out, _ in parts]) for k in ("h", "label")},
-            sum(seconds for _, seconds in parts))
-
-
-def evaluator(model, forward, pools, batch_size, n_classes, extra):
-    """(metrics_of, at_end) for `stage.fit`. On the way, nearest neighbours: cheap enough. At the
-    end the linear probe, the paper's own measure and so the headline, and `extra`."""
-    seen = {}
-
-    def metrics_of(state):
-        seen["last"] = [features(encoder_of(state), forward, p, batch_size)[0] for p in pools]
-        return probe.knn_metrics(*seen["last"], n_classes)
-    return metrics_of, lambda state: {**probe.linear_metrics(*seen["last"], n_classes), **extra}
+def evaluate(net, forward, pools, batch_size, n_classes, ends):
+    """Metrics of a frozen encoder on (training pool, test pool). On the way: nearest neighbours,
+    which are cheap. At the end also the linear probe, the paper's own measure and so the headline.
+    """
+    train, test = (reference.forward_all(net, forward, pool, batch_size)[0] for pool in pools)
+    metrics = probe.knn_metrics(train, test, n_classes)
+    return metrics | probe.linear_metrics(train, test, n_classes) if ends else metrics
 
 
 def pixels(pool, batch_size):
-    """The images themselves in the place of `features`: what no method is worth less than."""
+    """The images themselves in the place of features: no method should be worth less."""
     parts = [(b["image"][b["valid"]], b["label"][b["valid"]]) for b in data.sweep(pool, batch_size)]
     image, label = (np.concatenate(x) for x in zip(*parts))
     return {"h": einops.rearrange(image, "n h w c -> n (h w c)").astype(np.float32), "label": label}
 
 
-def batches_seen(rows):
-    """A line for each stage that contrasts: balance of its batches and hardness of its negatives,
-    means over its rows and experts."""
-    stages = {}
-    for r in rows:
-        if "hardness" in r:
-            stages.setdefault(r["arm"].rstrip("0123456789"), []).append(r)
-    return "\n".join(f"{name}: {np.mean([r['effective_classes'] for r in rs]):.1f} effective "
-                     f"classes in a batch, log sum exp of the negatives "
-                     f"{np.mean([r['hardness'] for r in rs]):.2f}" for name, rs in stages.items())
+# ---------------------------------------------------------------------------------- Figure 2
 
 
-# --------------------------------------------------------------------------------------- main
+@dataclasses.dataclass
+class Experiment:
+    """One seed: what all stages of all arms share."""
+    config: flags.Namespace
+    run: train.Run
+    seed: int
+    model: Model
+    pool: data.Pool
+    label_N: np.ndarray  # of the pool's examples; only for reports, and for dnc_oracle
+    test_pool: data.Pool
+    n_classes: int
+    steps: dict  # `make_steps`
+    forward: object  # `make_forward`
+
+    def run_arm(self, arm, steps):
+        """Figure 2 of the paper, for an arm with so many steps in each stage (`plan`).
+
+        Returns: (cluster [N] of each image or None, its agreement with the labels or None).
+        """
+        if not steps["distil"]:  # moclr, moclr_flops
+            self.contrast(arm, steps["base"])
+            return None, None
+        base, spent = self.contrast("base", steps["base"])
+        cluster_N = nmi = None
+        experts = []
+        if arm in DIVIDES:
+            cluster_N, spent = self.divide(arm, base, spent)
+            nmi = probe.nmi(cluster_N, self.label_N)
+            for j, n in enumerate(expert_steps(np.bincount(cluster_N, minlength=self.config.clusters),
+                                               steps["experts"])):
+                expert, spent = self.contrast(f"{arm}_expert{j}", n, spent, base, cluster_N, j)
+                experts.append(expert)
+        self.distil(arm, steps["distil"], spent, base, experts, cluster_N, nmi)
+        return cluster_N, nmi
+
+    def contrast(self, name, n_steps, spent=None, base=None, cluster_N=None, j=None):
+        """Trains the base, or expert j on cluster j alone. Returns (state, `train.Totals`).
+
+        Experts are trained one after the other, each on all devices: their numbers of steps differ,
+        and batch norm and negatives want the whole batch.
+        """
+        config = self.config
+        key_init, key_steps = jax.random.split(jax.random.key(self.seed), 3)[:2]
+        pool, start_from = self.pool, None
+        if j is not None:
+            key_init, key_steps = (jax.random.fold_in(k, 1 + j) for k in (key_init, key_steps))
+            pool, start_from = None, base if config.expert_init == "base" else None
+            size = int((cluster_N == j).sum())
+            if n_steps == 0:
+                logging.warning("%s: %d examples get no step: the base stands in", name, size)
+                return base, spent
+            if size < config.batch_size:
+                logging.warning("%s: %d examples are less than a batch of %d: it is filled by going "
+                                "round", name, size, config.batch_size)
+        def load(start):
+            batches = dict(seed=self.seed, batch_size=config.batch_size, start=start, stop=n_steps,
+                           host=devices.host())
+            for batch in (data.batches(pool, **batches) if j is None else
+                          expert_batches(self.pool, cluster_N, j, **batches)):
+                yield devices.shard({k: batch[k] for k in ("image", "label")})
+
+        state = new_state(key_init, self.model, lars(config.weight_decay), n_steps, start_from)
+        return self._train(name, n_steps, spent, state, self.steps["contrast"], key_steps, load,
+                           "base" if j is None else "experts", evaluates=j is None)
+
+    def divide(self, arm, base, spent):
+        """(cluster [N] of each image in this arm, `train.Totals`): k-means of the base's
+        representations, of whole images in evaluation mode, L2-normalised. Made once for all arms,
+        and kept in the work directory."""
+        config, cluster_N = self.config, None
+        if arm != "dnc_oracle":
+            net, key = encoder_of(base), jax.random.split(jax.random.key(self.seed), 3)[2]
+
+            def make():
+                out, seconds = reference.forward_all(net, self.forward, self.pool,
+                                                     config.batch_size)
+                cluster_N, took = cluster(
+                    key, probe.unit(out["h"]), config.clusters, examples=config.kmeans_examples,
+                    restarts=config.restarts, iterations=config.kmeans_iterations, seed=self.seed)
+                return {"cluster": cluster_N}, seconds + took
+            arrays, seconds = reference.cached(
+                self.run.path(f"assignment-{self.seed}.npz"),
+                reference.made_by(net, self.pool, clusters=config.clusters), make)
+            cluster_N = arrays["cluster"]
+            spent = spent.plus(seconds=seconds, examples_scored=len(self.pool),
+                               flops={"clustering": clustering_flops(
+                                   self.model, config, len(self.pool))})
+        return partition(arm, cluster_N, self.label_N, config.clusters, self.seed), spent
+
+    def distil(self, arm, n_steps, spent, base, experts, cluster_N, nmi):
+        """Trains the student on base and experts."""
+        config = self.config
+        key_init, key_steps = (jax.random.fold_in(k, 0) for k in jax.random.split(
+            jax.random.key(self.seed), 3)[:2])
+
+        def load(start):
+            for batch in data.batches(self.pool, seed=self.seed, batch_size=config.batch_size,
+                                      start=start, stop=n_steps, host=devices.host()):
+                if cluster_N is not None:
+                    batch["cluster"] = cluster_N[np.searchsorted(self.pool.ids, batch["id"])]
+                yield devices.shard({k: batch[k] for k in ("image", "cluster") if k in batch})
+
+        state = new_student(key_init, self.model, lars(config.weight_decay), n_steps,
+                            encoder_of(base), [encoder_of(expert) for expert in experts],
+                            config.student_init == "base")
+        return self._train(arm, n_steps, spent, state, self.steps["distil", len(experts)], key_steps,
+                           load, "distillation", nmi=nmi)
+
+    def _train(self, name, n_steps, spent, state, step, key, load, role, evaluates=True, nmi=None):
+        """(state, `train.Totals`) at the end of a stage."""
+        b = self.config.batch_size
+        stage = self.run.stage(name, self.seed, n_steps, spent=spent)
+
+        def metrics(state, ends):
+            if not evaluates:
+                return {}
+            got = evaluate(encoder_of(state), self.forward, (self.pool, self.test_pool), b,
+                           self.n_classes, ends)
+            return got | {"nmi": nmi} if ends and nmi is not None else got
+        n_experts = len(state["learner"]["params"].get("heads", [0])) - 1
+        state = train_stage(stage, state, step, key, load, metrics, trained=b, scored=b,
+                            flops={role: step_flops(role, b, self.model, K=n_experts)})
+        return state, stage.totals
 
 
-def check(config, typed=()):
-    """Raises ValueError, naming the flag, for what cannot work whatever the data."""
-    want = functools.partial(run.want, config)
-    for arm in config.arms:
-        if arm not in ARMS:
-            raise ValueError(f"--arms: {arm!r} is none of {', '.join(ARMS)}")
-    want(config.arms and len(set(config.arms)) == len(config.arms), "arms", "each arm once")
-    for flag in ("steps", "clusters", "restarts", "kmeans_iterations", "hidden", "embed",
-                 "head_hidden"):
-        want(config[flag] >= 1, flag, "at least 1")
-    want(config.batch_size >= 2, "batch_size", "at least 2: a negative for each image")
-    want(config.kmeans_examples >= config.clusters, "kmeans_examples",
-         f"at least one for each of {config.clusters} clusters")
-    want(config.temperature > 0, "temperature", "more than 0")
-    want(config.class_cap >= 0, "class_cap", "at least 0")
-    for flag in ("learning_rate", "distil_learning_rate", "crop_area"):
-        want(config[flag] > 0, flag, "more than 0")
-    for flag in ("m0", "crop_area"):
-        want(0 <= config[flag] <= 1, flag, "a fraction from 0 to 1")
-    want(0 <= config.warmup < 1, "warmup", "a fraction below 1")
-    want(0 <= config.jitter <= 2.5, "jitter", "0 to 2.5 (then a factor reaches 0)")
-    want(config.weight_decay >= 0, "weight_decay", "at least 0")
-    for flag in ("blur", "solarise"):
-        try:
-            config[flag] = [float(p) for p in config[flag]]
-        except ValueError:
-            config[flag] = []
-        want(len(config[flag]) == 2 and all(0 <= p <= 1 for p in config[flag]), flag,
-             "two probabilities, of the first view and the second")
-    parts = [config.base_fraction, config.experts_fraction, config.distil_fraction]
-    if min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
-        raise ValueError(f"--base_fraction, --experts_fraction, --distil_fraction: {parts}: want "
-                         "three fractions above 0 that add up to 1")
-    if min(plan("dnc", config.steps, parts).values()) < 1:
-        raise ValueError(f"--steps={config.steps}: want at least one for each stage")
-    for flag in ("label_noise", "caption_noise"):
-        if flag in typed:
-            raise ValueError(f"--{flag} is not read here: nothing is trained on labels or captions")
-    for seed in config.seeds if config.assignment else ():
-        if not os.path.exists(path := run.for_seed(config.assignment, seed)):
-            raise ValueError(f"--assignment={path}: no such file")
-    devices.divides(batch_size=config.batch_size)
-    try:
-        resnet.size(config.model)
-    except ValueError as e:
-        raise ValueError(f"--model: {e}") from None
-
-
-def training_pool(source, label_N, seed, class_cap=0):
-    """(pool, label [N] of its examples): the whole source, or at most `class_cap` of a class."""
-    pool = data.Pool(source, seed=seed)
-    if not class_cap:
-        return pool, label_N
-    order_N = np.random.default_rng((seed, 6)).permutation(len(pool))
-    kept = np.sort(np.concatenate([order_N[label_N[order_N] == c][:class_cap]
-                                   for c in np.unique(label_N)]))
-    return pool.subset(pool.ids[kept]), label_N[kept]
+def make_steps(config, model, n_classes):
+    """{'contrast', and ('distil', number of experts)}: steps as a `devices.pmap`."""
+    shared = dict(model=model, optimiser=lars(config.weight_decay), warmup=config.warmup)
+    views = augment.Views(config.crop_area, config.jitter, tuple(config.blur),
+                          tuple(config.solarise))
+    # Distillation has one view. BYOL's first view is always blurred, so that single view has the
+    # mean probabilities of the two.
+    mean = lambda p: (sum(p) / 2,) * 2
+    single = dataclasses.replace(views, blur=mean(views.blur), solarise=mean(views.solarise))
+    program = lambda step, **more: devices.pmap(functools.partial(step, **shared, **more),
+                                                (None, None, None, 0), donate=True)
+    scale = config.batch_size / 256
+    return {"contrast": program(
+                contrast_step, views=views, temperature=config.temperature, m0=config.m0,
+                peak=config.learning_rate * scale, n_classes=n_classes,
+                same_view_negatives=config.same_view_negatives),
+            **{("distil", n): program(distil_step, views=single,
+                                      peak=config.distil_learning_rate * scale)
+               for n in (0, config.clusters)}}
 
 
 def new_state(key, model, optimiser, n_steps, start_from=None):
@@ -838,196 +910,129 @@ def new_student(key, model, optimiser, n_steps, base, experts=(), from_base=Fals
             "total": np.int32(n_steps), **teachers}
 
 
-def check_data(config, source, pools):
-    """The same as `check`, for what depends on the data, its pools by seed, and a given file."""
+# --------------------------------------------------------------------------------------- main
+
+
+def check(config):
+    """Raises ValueError, naming the flag, for flags that do not go together, whatever the data."""
+    require = functools.partial(flags.require, config)
+    flags.require_arms(config, ARMS)
+    require(config.kmeans_examples >= config.clusters, "kmeans_examples",
+            f"at least one for each of {config.clusters} clusters")
+    for flag in ("blur", "solarise"):
+        try:
+            config[flag] = [float(p) for p in config[flag]]
+        except ValueError:
+            config[flag] = []
+        require(len(config[flag]) == 2 and all(0 <= p <= 1 for p in config[flag]), flag,
+                "two probabilities, of the first view and the second")
+    parts = [config.base_fraction, config.experts_fraction, config.distil_fraction]
+    if abs(sum(parts) - 1) > 1e-6:
+        raise ValueError(f"--base_fraction, --experts_fraction, --distil_fraction: {parts}: want "
+                         "three fractions that add up to 1")
+    require(min(plan("dnc", config.steps, parts).values()) >= 1, "steps",
+            "at least one for each stage")
+    devices.divides(batch_size=config.batch_size)
+    try:
+        resnet.size(config.model)
+    except ValueError as e:
+        raise ValueError(f"--model: {e}") from None
+
+
+def check_data(config, source, N):
+    """The same for what depends on the data; N is the size of a training pool."""
     side, _, channels = source.image_shape
-    K, n_classes = config.clusters, len(source.class_names)
     if side < 8 or channels not in (1, 3):
         raise ValueError(f"--image_size: images of {side} px in {channels} channels: want 8 px or "
                          "more, in 1 or 3")
-    N = len(pools[config.seeds[0]][0])  # for each seed the same
-    data.check_batch(pools[config.seeds[0]][0], config.batch_size,
-                     f"--batch_size={config.batch_size}")
-    if K > N:
-        raise ValueError(f"--clusters={K}: want at most one per example, {N}")
-    if K > n_classes and "dnc_oracle" in config.arms:
-        raise ValueError(f"--clusters={K}: dnc_oracle has only {n_classes} classes to group")
-    for seed in config.seeds if config.assignment else ():
-        path = run.for_seed(config.assignment, seed)
-        made_by = {**stage.origin(pools[seed][0]), "clusters": K}
-        check_hash(stage.read_cache(path, made_by, "assignment")[0], path)
+    data.check_batch(range(N), config.batch_size, f"--batch_size={config.batch_size}")
+    flags.require(config, config.clusters <= N, "clusters", f"at most one per example, {N}")
+    n_classes = len(source.class_names)
+    if config.clusters > n_classes and "dnc_oracle" in config.arms:
+        raise ValueError(f"--clusters={config.clusters}: dnc_oracle has only {n_classes} classes to "
+                         "group")
 
 
-def budget(config, model, N):
-    """({arm: steps by stage}, FLOPs of clustering), for a pool of N images."""
-    fractions = config.base_fraction, config.experts_fraction, config.distil_fraction
-    steps = plan("dnc", config.steps, fractions)
-    flops = declared_flops(
-        "dnc", steps, config.batch_size, model, K=config.clusters, n_all=N,
-        n_fit=min(config.kmeans_examples, N), restarts=config.restarts,
-        iterations=config.kmeans_iterations)
-    equal = max(1, round(sum(flops.values()) / step_flops("base", config.batch_size, model)))
-    return ({arm: plan(arm, config.steps, fractions, equal) for arm in config.arms},
-            flops["clustering"])
-
-
-def load_batches(pool, cluster_N, expert, **how):
-    """Sharded batches for a stage: of cluster `expert` alone, or, if that is None, of all images,
-    each with its cluster if there are any. how: of `data.batches`."""
-    for batch in (data.batches(pool, **how) if expert is None else
-                  expert_batches(pool, cluster_N, expert, **how)):
-        if cluster_N is not None and expert is None:
-            batch["cluster"] = cluster_N[np.searchsorted(pool.ids, batch["id"])]
-        yield devices.shard({k: batch[k] for k in ("image", "label", "cluster") if k in batch})
-
-
-def make_steps(config, model, n_classes):
-    """{'moclr', and 'distil' with so many experts}: Programs (state, index, key, sharded batch)."""
-    shared = dict(model=model, optimiser=lars(config.weight_decay), warmup=config.warmup)
-    views = augment.Views(config.crop_area, config.jitter, tuple(config.blur),
-                          tuple(config.solarise))
-    # Distillation has one view. BYOL's first view is always blurred, so that single view has the
-    # mean probabilities of the two.
-    mean = lambda p: (sum(p) / 2,) * 2
-    single = dataclasses.replace(views, blur=mean(views.blur), solarise=mean(views.solarise))
-    program = lambda step, **knobs: devices.Program(functools.partial(step, **shared, **knobs),
-                                                    (None, None, None, 0), donate=True)
-    scale = config.batch_size / 256
-    return {"moclr": program(contrast_step, views=views, temperature=config.temperature,
-                             m0=config.m0, peak=config.learning_rate * scale, n_classes=n_classes,
-                             same_view_negatives=config.same_view_negatives),
-            **{("distil", n): program(distil_step, views=single,
-                                      peak=config.distil_learning_rate * scale)
-               for n in (0, config.clusters)}}
+def training_pool(source, label_N, seed, class_cap=0):
+    """(pool, label [N] of its examples): the whole source, or at most `class_cap` of a class."""
+    pool = data.Pool(source, seed=seed)
+    if not class_cap:
+        return pool, label_N
+    order_N = np.random.default_rng((seed, 6)).permutation(len(pool))
+    kept = np.sort(np.concatenate([order_N[label_N[order_N] == c][:class_cap]
+                                   for c in np.unique(label_N)]))
+    return pool.subset(pool.ids[kept]), label_N[kept]
 
 
 def main():
-    config, typed = run.resolve(PRESETS)
-    devices.start(config.coordinator, config.num_processes, config.process_id)
-    check(config, typed)
-    source, test_source = (data.open_source(
-        config.dataset, split, data_dir=config.data_dir, image_size=config.image_size,
-        need=("label",), toy_knobs=run.toy_knobs(config), flags=("dataset", flag))
-        for flag, split in (("split", config.split), ("eval_split", config.eval_split)))
-    labels = np.concatenate([x["label"][x["valid"]] for x in
-                             data.sweep(data.Pool(source), config.batch_size)])
+    config, _ = flags.resolve(PRESETS)
+    devices.start(config)
+    check(config)
+    source, test_source = data.open_splits(config, need=("label",), toy_image_size=16)
+    b, n_classes = config.batch_size, len(source.class_names)
+    labels = np.concatenate([x["label"][x["valid"]] for x in data.sweep(data.Pool(source), b)])
     pools = {seed: training_pool(source, labels, seed, config.class_cap) for seed in config.seeds}
-    check_data(config, source, pools)
-    run.open_workdir(config)
-
-    b, K, n_classes = config.batch_size, config.clusters, len(source.class_names)
-    N = len(pools[config.seeds[0]][0])
+    N = len(pools[config.seeds[0]][0])  # for each seed the same
+    check_data(config, source, N)
     model = Model(resnet.ResNet(config.model, source.image_shape[0], dtype=config.dtype),
                   config.hidden, config.embed, config.head_hidden)
-    metrics_file = report.MetricsFile(os.path.join(config.workdir, "metrics.jsonl"))
-    stop, test_pool, forward = run.Stop(), data.Pool(test_source), make_forward(model)
-    programs, optimiser = make_steps(config, model, n_classes), lars(config.weight_decay)
-    steps_of, clustering = budget(config, model, N)
-
-    def train(name, seed, program, state, key, pool, role, *, cluster_N=None, expert=None,
-              before=None, extra=None):
-        """One stage: (state, the row that it ended with). It trains on cluster `expert` alone, or
-        on all, with each image's cluster; experts are not evaluated."""
-        steps = int(state["total"])
-        metrics_of, at_end = evaluator(model, forward, (pool, test_pool), b, n_classes, extra or {})
-        if expert is not None:
-            metrics_of, at_end = lambda state: {}, None
-        load = lambda start: load_batches(pool, cluster_N, expert, seed=seed, batch_size=b,
-                                          start=start, stop=steps, host=devices.host())
-        n_experts = len(state["learner"]["params"].get("heads", [0])) - 1
-        state = stage.fit(
-            name, seed, programs[program], state, key, load, steps=steps, batch_size=b, n_scored=b,
-            per_step={role: step_flops(role, b, model, K=n_experts)},
-            one_off={}, setup_seconds=0.0, metrics_of=metrics_of, at_end=at_end, before=before,
-            config=config, metrics_file=metrics_file, stop=stop)
-        return state, metrics_file.last(name, seed) if jax.process_index() == 0 else None
-
-    def experts_of(arm, seed, pool, cluster_N, base, row, keys):
-        """(frozen encoders, last row) of the experts of an arm, one after the other, each on all
-        devices: their steps differ, and batch norm and negatives want the whole batch."""
-        experts, size_K = [], np.bincount(cluster_N, minlength=K)
-        for j, n in enumerate(expert_steps(size_K, steps_of[arm]["experts"])):
-            name, (key_init, key_steps) = f"{arm}_expert{j}", (
-                jax.random.fold_in(k, 1 + j) for k in keys)
-            if n == 0:
-                logging.warning("%s: %d examples get no step: the base stands in", name, size_K[j])
-                experts.append(encoder_of(base))
-                continue
-            if size_K[j] < b:
-                logging.warning("%s: %d examples are less than a batch of %d: it is filled by "
-                                "going round", name, size_K[j], b)
-            state = new_state(key_init, model, optimiser, n,
-                              base if config.expert_init == "base" else None)
-            state, row = train(name, seed, "moclr", state, key_steps, pool, "experts",
-                               cluster_N=cluster_N, expert=j, before=row)
-            experts.append(encoder_of(state))
-        return experts, row
+    steps_of = budget(config, model, N)
+    run = train.Run(config, {"split": source.fingerprint, "eval_split": test_source.fingerprint})
+    shared = dict(model=model, test_pool=data.Pool(test_source), n_classes=n_classes,
+                  steps=make_steps(config, model, n_classes), forward=make_forward(model))
 
     shown = None
     for seed in config.seeds:
         pool, label_N = pools[seed]
-        key_init, key_steps, key_divide = jax.random.split(jax.random.key(seed), 3)
-        path = (run.for_seed(config.assignment, seed) if config.assignment else
-                os.path.join(config.workdir, f"assignment-{seed}.npz"))
-        base_and_row = None
+        experiment = Experiment(config=config, run=run, seed=seed, pool=pool, label_N=label_N,
+                                **shared)
         for arm in config.arms:
-            steps, experts, extra, cluster_N = steps_of[arm], [], {}, None
-            contrast = lambda name: train(name, seed, "moclr", new_state(
-                key_init, model, optimiser, steps["base"]), key_steps, pool, "base")
-            if not steps["distil"]:  # moclr, moclr_flops
-                contrast(arm)
-                continue
-            base, row = base_and_row = base_and_row or contrast("base")
-            if arm in ("dnc", "dnc_random"):
-                cluster_N, took = clusters(
-                    path, key_divide, encoder_of(base), forward, pool, b, K, seed=seed,
-                    examples=config.kmeans_examples, restarts=config.restarts,
-                    iterations=config.kmeans_iterations)
-                row = row and {**row, "seconds": row["seconds"] + took,
-                               "examples_scored": row["examples_scored"] + len(pool),
-                               "flops": {**row["flops"], "clustering": clustering}}
-            if arm in DIVIDES:
-                cluster_N = partition(arm, cluster_N, label_N, K, seed)
-                extra = {"nmi": probe.nmi(cluster_N, label_N)}
-                shown = shown if shown and arm != "dnc" else (pool, cluster_N, extra["nmi"])
-                experts, row = experts_of(arm, seed, pool, cluster_N, base, row,
-                                          (key_init, key_steps))
-            state = new_student(jax.random.fold_in(key_init, 0), model, optimiser, steps["distil"],
-                                encoder_of(base), experts, config.student_init == "base")
-            train(arm, seed, ("distil", len(experts)), state, jax.random.fold_in(key_steps, 0),
-                  pool, "distillation", cluster_N=cluster_N, before=row, extra=extra)
+            cluster_N, nmi = experiment.run_arm(arm, steps_of[arm])
+            if cluster_N is not None and (shown is None or arm == "dnc"):
+                shown = (pool, cluster_N, nmi)
 
     if jax.process_index() == 0:
-        report_all(config, metrics_file.rows(), steps_of)
-        if shown:
-            report.draw(report.draw_clusters, *shown, os.path.join(config.workdir, "clusters.png"))
-        if config.pixel_probe:
-            got = probe.linear_metrics(*(pixels(p, b) for p in (pool, test_pool)), n_classes)
+        report_all(config, run.metrics.rows(), steps_of, shown)
+        if source.image_shape[0] <= 32:  # on larger images this is a probe of a million inputs
+            got = probe.linear_metrics(*(pixels(p, b) for p in (pools[seed][0],
+                                                                shared["test_pool"])), n_classes)
             print("\nlinear probe on pixels:", ", ".join(f"{k} {v:.3f}" for k, v in got.items()
                                                          if v is not None))
 
 
-def report_all(config, rows, steps_of):
+def report_all(config, rows, steps_of, shown):
     """summary.json of the linear probe at the end; curves.png of the nearest neighbours on the way,
     where an arm's curve begins with its base's; the tables."""
-    rows = [{k: v for k, v in r.items() if k != "setup_seconds"}  # there is none
-            for r in report.of_this_command(rows, config.seeds)]
-    shared = dict(script="dnc", arms=config.arms,
-                  dataset=run.dataset_name(config.dataset))
+    rows = report.of_this_command(rows, config.seeds)
+    shared = dict(script="dnc", arms=config.arms, dataset=config.dataset)
     summary = report.summarise(rows, metric="linear_probe", **shared)
-    report.write_json(os.path.join(config.workdir, "summary.json"), summary)
+    report.write_json(f"{config.workdir}/summary.json", summary)
     curve = [{**r, "arm": arm} for arm in config.arms for r in rows
              if r["arm"] == arm or (r["arm"] == "base" and steps_of[arm]["distil"])]
     measures = ("linear_probe", "balanced_accuracy", "head", "middle", "tail", "knn", "nmi")
     print(report.table(summary), report.finals(summary, measures), report.bill(summary),
           batches_seen(rows), sep="\n\n", flush=True)
     report.draw(report.curves, curve, report.summarise(curve, metric="knn", **shared),
-                os.path.join(config.workdir, "curves.png"))
+                f"{config.workdir}/curves.png")
+    if shown:
+        report.draw(report.draw_clusters, *shown, f"{config.workdir}/clusters.png")
     if config.dataset == "toy":
         print("\ntoy is too small, and its clusters follow the grounds, not the classes: a check "
               "that all stages run,\nno evidence for DnC or against it")
 
 
+def batches_seen(rows):
+    """A line for each stage that contrasts: balance of its batches and hardness of its negatives,
+    means over its rows and experts."""
+    stages = {}
+    for r in rows:
+        if "hardness" in r:
+            stages.setdefault(r["arm"].rstrip("0123456789"), []).append(r)
+    return "\n".join(f"{name}: {np.mean([r['effective_classes'] for r in rs]):.1f} effective "
+                     f"classes in a batch, log sum exp of the negatives "
+                     f"{np.mean([r['hardness'] for r in rs]):.2f}" for name, rs in stages.items())
+
+
 if __name__ == "__main__":
     define_flags()
-    run.main(main)
+    flags.run(main)

@@ -152,12 +152,13 @@ def count_captions(source, encode, context, split, sample=1000):
 # ------------------------------------------------------------------------------ opening a set
 
 
-def open_splits(config, encode, *, context, need):
+def open_splits(config, encode=byte_ids, *, need, context=0, toy_image_size=32):
     """(training Source, test Source) as the flags say; warns of captions that look alike."""
     out = []
     for flag in ("split", "eval_split"):
         source = open_source(
-            config.dataset, config[flag], data_dir=config.data_dir, image_size=config.image_size,
+            config.dataset, config[flag], data_dir=config.data_dir,
+            image_size=config.image_size or toy_image_size * (config.dataset == "toy"),
             context=context, encode=encode, need=need, toy_knobs=toy_knobs(config),
             flags=("dataset", flag))
         if context:
