@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".pytest_cache" / "jax"  # of compiled programs, shared by all tests and test runs
 CLOCKS = ("seconds", "setup_seconds")
 LIMIT = 600  # seconds that any one process may take; none comes near on an idle machine
 
@@ -70,7 +72,7 @@ class Command:
         return Process(self.script, flags, {
             **kept, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PJRT_NPROC": "16",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # programs this small compile longer than they run
-            "JAX_COMPILATION_CACHE_DIR": str(self.directory / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": str(CACHE),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", **environment},
             self.directory / f"{self.count:03d}")
@@ -105,6 +107,22 @@ def assert_close(got, want, tolerance):
                     mine["arm"], k)
             else:
                 assert mine[k] == theirs[k], (mine["arm"], k)
+
+
+def refusals(script, lists_of_flags, devices=4):
+    """[Process-like with `code` and `stderr`] of the script's main with each list of flags, one
+    after the other in a single process (see refuse.py)."""
+    done = subprocess.run(
+        [sys.executable, "tests/refuse.py", script], cwd=ROOT, text=True, capture_output=True,
+        input=json.dumps([list(map(str, flags)) for flags in lists_of_flags]), timeout=LIMIT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
+             "XLA_FLAGS": "", "DEBUG": ""})
+    assert done.returncode == 0, done.stderr
+    out = []
+    for code, stderr in json.loads(done.stdout):
+        errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        out.append(types.SimpleNamespace(code=code, stderr=stderr, errors=errors))
+    return out
 
 
 def assert_refused(done, *words, code=2):
