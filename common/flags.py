@@ -114,8 +114,12 @@ def define_shared(script, *, toy_noise, toy_examples, toy_tail=1.0, image_size=3
 
 class Namespace(dict):
     """A dict whose keys are attributes too."""
-    __getattr__ = dict.__getitem__
     __setattr__ = dict.__setitem__
+
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
 
 
 def resolve(presets):
