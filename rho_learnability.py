@@ -357,7 +357,7 @@ def train_step(state, index, key, batch_N, *, method, learner, proxy, optimisers
     if method.arm != "uniform":
         state, score_B = score_super_batch(state, index, batch_N, method=method, learner=learner,
                                            proxy=proxy, optimisers=optimisers)
-        pick_S = select(key_select, score_B, method.batch_size, method.score_gain, method.sampling)
+        pick_S = pick(key_select, score_B, method)
         batch_S = {k: devices.take(v, pick_S) for k, v in batch_N.items()}
         metrics = {"score_pool": score_B.mean(), "score_pool_sd": score_B.std(),
                    "score_picked": score_B[pick_S].mean()}
@@ -375,6 +375,12 @@ def train_step(state, index, key, batch_N, *, method, learner, proxy, optimisers
     for k, v_B in truth_B.items():
         metrics |= {f"picked_{k}": v_B[pick_S].mean(), f"pool_{k}": v_B.mean()}
     return state, {"loss": loss, **metrics}
+
+
+def pick(key, score_B, method):
+    """`select` by the settings of an arm. RHO-LOSS always takes the highest scores."""
+    sampling = "topk" if method.arm == "rho_loss" else method.sampling
+    return select(key, score_B, method.batch_size, method.score_gain, sampling)
 
 
 def score_super_batch(state, index, batch_N, *, method, learner, proxy, optimisers):
@@ -474,8 +480,7 @@ def score_after(state, index, key, batch_N, method, learner, proxy, optimisers):
     """(scores [B], picks [b]) of a super-batch after training, for picks.png; inside `pmap`."""
     _, score_B = score_super_batch(state, index, batch_N, method=method, learner=learner,
                                    proxy=proxy, optimisers=optimisers)
-    key = jax.random.fold_in(key, index)
-    return score_B, select(key, score_B, method.batch_size, method.score_gain, method.sampling)
+    return score_B, pick(jax.random.fold_in(key, index), score_B, method)
 
 
 # --------------------------------------------------------------------------------------- main
@@ -534,8 +539,6 @@ def make_arm(arm, config, learner, proxy):
     number of steps, the `Method`, the optimisers, and `train_step` as a `devices.pmap`."""
     method = flags.build(Method, config, arm=arm)
     steps, peak = (arm != "uniform" and config.active_steps) or config.steps, config.learning_rate
-    if arm == "rho_loss":
-        method = dataclasses.replace(method, sampling="topk")
     if arm == "reference":
         steps, peak = config.reference_steps or config.steps, config.reference_learning_rate
         method = dataclasses.replace(method, arm="uniform",

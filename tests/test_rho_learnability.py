@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from common import devices, report, run, vit
+from common import devices, flags, flops, vit
 import rho_learnability as rho
 import slow_rho
 
@@ -57,15 +57,16 @@ OPTIMISERS = {role: optax.sgd(0.3, momentum=0.5) for role in ("learner", "actor"
 
 
 def program(arm, loss="cross_entropy", n=1, **knobs):
-    """`algorithm_1` on the first n devices; on several, what each of them returns."""
+    """`train_step` on the first n devices; on several, what each of them returns. knobs: fields of
+    `rho.Method`."""
     return cached_program(arm, loss, n, **knobs)
 
 
 @functools.cache
 def cached_program(arm, loss, n, **knobs):
     learner, proxy = pair(loss)
-    step = functools.partial(rho.algorithm_1, arm=arm, n_select=S, learner=learner, proxy=proxy,
-                             optimisers=OPTIMISERS, **knobs)
+    step = functools.partial(rho.train_step, method=rho.Method(arm, S, **knobs), learner=learner,
+                             proxy=proxy, optimisers=OPTIMISERS)
     return jax.pmap(step, axis_name=devices.AXIS, in_axes=(None, None, None, 0),
                     out_axes=None if n == 1 else 0, devices=jax.devices()[:n])
 
@@ -158,8 +159,8 @@ dense_grad = jax.jit(jax.grad(dense_loss), static_argnums=(2, 3))
 
 @functools.partial(jax.jit, static_argnums=2)
 def losses_of(params, batch, model):
-    """l_act by hand: the slow references hold `actor_loss` to the equations."""
-    return rho.actor_loss(rho.outputs(params, batch, model), batch)
+    """l_act by hand: the slow references hold `scoring_loss` to the equations."""
+    return rho.scoring_loss(rho.outputs(params, batch, model), batch)
 
 
 # ------------------------------------------------------------------------------------- losses
@@ -187,14 +188,14 @@ def finite_differences(fn, params, eps=1e-6):
 def test_the_score_of_a_labelled_example_is_its_plain_cross_entropy():
     rng = np.random.default_rng(0)
     logits, labels = 4 * rng.normal(size=(9, C)).astype(np.float32), rng.integers(0, C, 9)
-    got = jax.jit(rho.actor_loss)(logits, {"label": labels})
+    got = jax.jit(rho.scoring_loss)(logits, {"label": labels})
     np.testing.assert_allclose(got, slow_rho.cross_entropy(logits, labels), rtol=1e-5, atol=1e-6)
 
 
 def test_the_score_of_a_pair_is_minus_its_own_dot_product():
     rng = np.random.default_rng(0)
     z_image, z_text = unit(rng, 9), unit(rng, 9)
-    got = rho.actor_loss((z_image, z_text), {})
+    got = rho.scoring_loss((z_image, z_text), {})
     np.testing.assert_allclose(got, slow_rho.dot_product_loss(z_image, z_text), atol=1e-6)
 
 
@@ -438,10 +439,10 @@ def test_the_rate_is_zero_at_the_last_step_and_not_before():
 
 
 @pytest.mark.parametrize("arm,loss,knobs", [
-    ("learnability", "cross_entropy", {"score_view": "train", "view": "shift_flip"}),
+    ("learnability", "cross_entropy", {"score_view": "train", "augment": "shift_flip"}),
     ("learnability", "sigmoid", {}),
     ("uniform", "softmax", {}),
-    ("uniform", "cross_entropy", {"view": "shift_flip"}),
+    ("uniform", "cross_entropy", {"augment": "shift_flip"}),
 ])
 def test_three_steps_on_eight_devices_are_three_steps_on_one(arm, loss, knobs):
     finals, picks = [], []
@@ -467,7 +468,7 @@ def test_at_ratio_one_learnability_is_the_uniform_run():
                                   ("learnability", "computed", {"score_view": "train"})):
         state = start(arm, reference=reference)
         for index in range(3):
-            state, metrics = step(program(arm, n=8, view="shift_flip", **knobs), state, index,
+            state, metrics = step(program(arm, n=8, augment="shift_flip", **knobs), state, index,
                                   super_batch("cross_entropy", index, S), 8)
             assert picked(metrics).tolist() == [1] * S
         learners.append(state["learner"])
@@ -602,7 +603,7 @@ def test_an_online_reference_scores_first_and_then_trains_on_the_whole_super_bat
     proxy, batch = pair("cross_entropy")[1], super_batch("cross_entropy")
     before = start("learnability", reference="online")
     before["reference"]["params"] = reference_params("cross_entropy")
-    state, metrics = step(program("learnability", proxy_smoothing=smoothing), before, 0, batch)
+    state, metrics = step(program("learnability", proxy_label_smoothing=smoothing), before, 0, batch)
     online, reference = (np.asarray(losses_of(before[r]["params"], batch, proxy))
                          for r in ("actor", "reference"))
     np.testing.assert_allclose(metrics["score_pool"], (online - reference).mean(), rtol=1e-4)
@@ -631,20 +632,29 @@ def test_each_role_learns_by_its_own_optimiser(monkeypatch):
             rtol=1e-4, atol=1e-5)
 
 
-def test_make_step_gives_each_flag_to_whom_it_is_meant_for(monkeypatch):
+def test_an_arm_is_made_of_the_flags_that_are_meant_for_it(monkeypatch):
     monkeypatch.setattr(rho, "adamw", lambda peak, steps, **rest: (peak, steps, rest))
-    monkeypatch.setattr(devices, "Program", lambda fn, *_, **__: fn)
-    config = run.Namespace(
+    monkeypatch.setattr(devices, "pmap", lambda fn, *_, **__: fn)
+    config = flags.Namespace(
         warmup=0.1, weight_decay=0.2, proxy_learning_rate=0.3, reference_learning_rate=0.4,
-        batch_size=8, proxy_label_smoothing=0.5, score_gain=0.6, sampling="topk", staleness=7,
-        score_view="train", augment="shift")
-    made, rules = rho.make_step("learnability", config, "L", "p", 9, 0.8, 0.9)
+        learning_rate=0.8, batch_size=8, label_smoothing=0.9, proxy_label_smoothing=0.5,
+        score_gain=0.6, sampling="replacement", staleness=7, score_view="train", augment="shift",
+        steps=20, active_steps=9, reference_steps=5)
     rest = dict(warmup=0.1, weight_decay=0.2)
-    assert rules == {"learner": (0.8, 9, rest), "actor": (0.3, 9, rest), "reference": (0.4, 9, rest)}
-    assert made.keywords == dict(
-        arm="learnability", n_select=8, learner="L", proxy="p", optimisers=rules, smoothing=0.9,
-        proxy_smoothing=0.5, score_gain=0.6, sampling="topk", staleness=7, score_view="train",
-        view="shift")
+    settings = dict(batch_size=8, score_gain=0.6, sampling="replacement", staleness=7,
+                    score_view="train", augment="shift", label_smoothing=0.9,
+                    proxy_label_smoothing=0.5)
+    for arm, steps, peak, learner, changed in (
+            ("uniform", 20, 0.8, "L", {}), ("learnability", 9, 0.8, "L", {}),
+            ("rho_loss", 9, 0.8, "L", {}),
+            ("reference", 5, 0.4, "p", {"arm": "uniform", "label_smoothing": 0.5})):
+        made = rho.make_arm(arm, config, "L", "p")
+        rules = {"learner": (peak, steps, rest), "actor": (0.3, steps, rest),
+                 "reference": (0.4, steps, rest)}
+        assert made.steps == steps and made.optimisers == rules
+        assert made.step.keywords == dict(
+            method=rho.Method(**{"arm": arm, **settings, **changed}), learner=learner, proxy="p",
+            optimisers=rules)
 
 
 @pytest.mark.parametrize("arm", ["learnability", "easy_reference", "hard_learner", "rho_loss"])
@@ -702,7 +712,7 @@ def test_a_step_obeys_its_gain_and_its_sampling():
 def test_an_example_trains_in_the_same_view_whether_that_or_the_plain_image_is_scored():
     batch, results = super_batch("cross_entropy"), []
     batch["reference_loss"] = np.where(np.arange(B) % 2, 500, 0).astype(np.float32)
-    for knobs in ({"view": "shift_flip"}, {"view": "shift_flip", "score_view": "train"}, {}):
+    for knobs in ({"augment": "shift_flip"}, {"augment": "shift_flip", "score_view": "train"}, {}):
         results.append(step(program("learnability", **knobs), start("learnability"), 0, batch))
     (clean, clean_scores), (train, train_scores), (plain, plain_scores) = results
     assert_trees_close(clean, train, rtol=1e-5, atol=1e-6)
@@ -790,15 +800,15 @@ def test_the_bill_of_each_arm_charges_what_it_uses():
 @pytest.mark.parametrize("proxy,learner", list(slow_rho.OVERHEAD))
 def test_overhead_factors_are_the_published_ones(proxy, learner):
     reference_training = 3 * b * F[proxy]  # as many examples as the learner's
-    total = report.total_flops(bill(learner, proxy)) + reference_training
-    overhead = total / report.total_flops(bill(learner, proxy, "uniform", None))
+    total = flops.total_flops(bill(learner, proxy)) + reference_training
+    overhead = total / flops.total_flops(bill(learner, proxy, "uniform", None))
     assert overhead == pytest.approx(slow_rho.OVERHEAD[proxy, learner], rel=0.005)
     assert overhead == pytest.approx(slow_rho.overhead_factor(F[learner], F[proxy]), rel=1e-6)
 
 
 def test_rho_costs_1_787_times_the_uniform_run():
-    total = report.total_flops(bill("B", "Ti", "rho_loss")) + 3 * b * F["Ti"]
-    factor = total / report.total_flops(bill("B", "Ti", "uniform", None))
+    total = flops.total_flops(bill("B", "Ti", "rho_loss")) + 3 * b * F["Ti"]
+    factor = total / flops.total_flops(bill("B", "Ti", "uniform", None))
     assert factor == pytest.approx(1.787, rel=0.002)
     assert factor == pytest.approx(slow_rho.rho_loss_factor(F["B"], F["Ti"]), rel=1e-6)
 
@@ -807,13 +817,13 @@ def test_rho_costs_1_787_times_the_uniform_run():
 def test_the_amortisation_figure_is_reproduced(proxy):
     printed, steps = slow_rho.AMORTISATION[proxy], 1000
     beta = printed[0]
-    iid = steps * report.total_flops(bill("L", proxy, "uniform", None))
-    flops = {role: beta * steps * n for role, n in bill("L", proxy).items()}
-    flops["reference_training"] += steps * 3 * b * F[proxy]  # as long as the i.i.d. run
+    iid = steps * flops.total_flops(bill("L", proxy, "uniform", None))
+    bill_of_run = {role: beta * steps * n for role, n in bill("L", proxy).items()}
+    bill_of_run["reference_training"] += steps * 3 * b * F[proxy]  # as long as the i.i.d. run
     slow = slow_rho.total_over_iid(beta, F["L"], F[proxy]).values()
-    for level, theirs, ours in zip(report.LEVELS, printed, slow, strict=True):
-        assert report.total_flops(flops, level) / iid == pytest.approx(theirs, rel=0.01), level
-        assert report.total_flops(flops, level) / iid == pytest.approx(ours, rel=1e-6), level
+    for level, theirs, ours in zip(flops.LEVELS, printed, slow, strict=True):
+        assert flops.total_flops(bill_of_run, level) / iid == pytest.approx(theirs, rel=0.01), level
+        assert flops.total_flops(bill_of_run, level) / iid == pytest.approx(ours, rel=1e-6), level
 
 
 @pytest.mark.parametrize("proxy,learner", list(slow_rho.BREAK_EVEN))
@@ -904,7 +914,8 @@ def test_the_bill_of_a_step_is_that_of_its_program(arm, reference):
     if reference == "cached":
         batch["reference_loss"] = abstract((1, n))
     mapped = jax.pmap(functools.partial(
-        rho.algorithm_1, arm=arm, n_select=S, learner=learner, proxy=proxy, optimisers=OPTIMISERS),
+        rho.train_step, method=rho.Method(arm, S), learner=learner, proxy=proxy,
+        optimisers=OPTIMISERS),
         axis_name=devices.AXIS, in_axes=(None, None, None, 0), out_axes=None,
         devices=jax.devices()[:1])
     counted = dot_flops(jax.make_jaxpr(mapped)(state, np.int32(0), jax.random.key(0), batch).jaxpr)
@@ -1008,8 +1019,9 @@ def test_no_random_key_is_used_twice():
         jax.jit(lambda key: rho.initial_state(
             "learnability", key, learner, proxy, OPTIMISERS, reference="online"))(jax.random.key(0))
         learner, proxy = pair("cross_entropy")
-        fn = functools.partial(rho.algorithm_1, arm="learnability", n_select=S, learner=learner,
-                               proxy=proxy, optimisers=OPTIMISERS, view="shift_flip")
+        method = rho.Method("learnability", S, augment="shift_flip")
+        fn = functools.partial(rho.train_step, method=method, learner=learner, proxy=proxy,
+                               optimisers=OPTIMISERS)
         mapped = jax.pmap(fn, axis_name=devices.AXIS, in_axes=(None, None, None, 0), out_axes=None,
                           devices=jax.devices()[:1])
         _, metrics = step(mapped, start("learnability", reference="computed"), 0,
