@@ -763,59 +763,70 @@ class Experiment:
 
         Returns: (cluster [N] of each image or None, its agreement with the labels or None).
         """
+        everything = functools.partial(data.batches, self.pool)
         if not steps["distil"]:  # moclr, moclr_flops
-            self.contrast(arm, steps["base"])
+            self.contrast(arm, steps["base"], everything)
             return None, None
-        base, spent = self.contrast("base", steps["base"])
-        cluster_N = nmi = None
-        experts = []
+        base, spent = self.contrast("base", steps["base"], everything)
+        cluster_N, nmi, experts = None, None, []
         if arm in DIVIDES:
             cluster_N, spent = self.divide(arm, base, spent)
             nmi = probe.nmi(cluster_N, self.label_N)
-            for j, n in enumerate(expert_steps(np.bincount(cluster_N, minlength=self.config.clusters),
-                                               steps["experts"])):
-                expert, spent = self.contrast(f"{arm}_expert{j}", n, spent, base, cluster_N, j)
+            sizes = np.bincount(cluster_N, minlength=self.config.clusters)
+            for j, n_steps in enumerate(expert_steps(sizes, steps["experts"])):
+                expert, spent = self.expert(f"{arm}_expert{j}", n_steps, j, cluster_N, base, spent)
                 experts.append(expert)
-        self.distil(arm, steps["distil"], spent, base, experts, cluster_N, nmi)
+        self.distil(arm, steps["distil"], base, experts, cluster_N, nmi, spent)
         return cluster_N, nmi
 
-    def contrast(self, name, n_steps, spent=None, base=None, cluster_N=None, j=None):
-        """Trains the base, or expert j on cluster j alone. Returns (state, `train.Totals`).
+    def keys(self):
+        """Keys for first weights, for steps and for k-means."""
+        return jax.random.split(jax.random.key(self.seed), 3)
+
+    def contrast(self, name, n_steps, batches, *, start_from=None, spent=None, fold=None,
+                 role="base"):
+        """Trains MoCLR: (state, `train.Totals`). batches(**how) yields those of `data.batches`. fold:
+        a number that gives an expert keys of its own."""
+        config, (key_init, key_steps, _) = self.config, self.keys()
+        if fold is not None:
+            key_init, key_steps = (jax.random.fold_in(key, fold) for key in (key_init, key_steps))
+
+        def load(start):
+            for batch in batches(seed=self.seed, batch_size=config.batch_size, start=start,
+                                 stop=n_steps, host=devices.host()):
+                yield devices.shard({k: batch[k] for k in ("image", "label")})
+
+        state = new_state(key_init, self.model, lars(config.weight_decay), n_steps, start_from)
+        return self._train(name, n_steps, spent, state, self.steps["contrast"], key_steps, load, role,
+                           evaluates=role == "base")
+
+    def expert(self, name, n_steps, j, cluster_N, base, spent):
+        """Trains expert j, on cluster j alone: (state, `train.Totals`).
 
         Experts are trained one after the other, each on all devices: their numbers of steps differ,
         and batch norm and negatives want the whole batch.
         """
-        config = self.config
-        key_init, key_steps = jax.random.split(jax.random.key(self.seed), 3)[:2]
-        pool, start_from = self.pool, None
-        if j is not None:
-            key_init, key_steps = (jax.random.fold_in(k, 1 + j) for k in (key_init, key_steps))
-            pool, start_from = None, base if config.expert_init == "base" else None
-            size = int((cluster_N == j).sum())
-            if n_steps == 0:
-                logging.warning("%s: %d examples get no step: the base stands in", name, size)
-                return base, spent
-            if size < config.batch_size:
-                logging.warning("%s: %d examples are less than a batch of %d: it is filled by going "
-                                "round", name, size, config.batch_size)
-        def load(start):
-            batches = dict(seed=self.seed, batch_size=config.batch_size, start=start, stop=n_steps,
-                           host=devices.host())
-            for batch in (data.batches(pool, **batches) if j is None else
-                          expert_batches(self.pool, cluster_N, j, **batches)):
-                yield devices.shard({k: batch[k] for k in ("image", "label")})
-
-        state = new_state(key_init, self.model, lars(config.weight_decay), n_steps, start_from)
-        return self._train(name, n_steps, spent, state, self.steps["contrast"], key_steps, load,
-                           "base" if j is None else "experts", evaluates=j is None)
+        size, b = int((cluster_N == j).sum()), self.config.batch_size
+        if n_steps == 0:
+            logging.warning("%s: %d examples get no step: the base stands in", name, size)
+            return base, spent
+        if size < b:
+            logging.warning("%s: %d examples are less than a batch of %d: it is filled by going "
+                            "round", name, size, b)
+        return self.contrast(
+            name, n_steps, functools.partial(expert_batches, self.pool, cluster_N, j), spent=spent,
+            start_from=base if self.config.expert_init == "base" else None, fold=1 + j,
+            role="experts")
 
     def divide(self, arm, base, spent):
-        """(cluster [N] of each image in this arm, `train.Totals`): k-means of the base's
-        representations, of whole images in evaluation mode, L2-normalised. Made once for all arms,
-        and kept in the work directory."""
+        """(cluster [N] of each image in this arm, `train.Totals`).
+
+        k-means clusters what the base says of the whole images, in evaluation mode, L2-normalised.
+        It is run once for all arms, and its clusters are kept in the work directory.
+        """
         config, cluster_N = self.config, None
         if arm != "dnc_oracle":
-            net, key = encoder_of(base), jax.random.split(jax.random.key(self.seed), 3)[2]
+            net, key = encoder_of(base), self.keys()[2]
 
             def make():
                 out, seconds = reference.forward_all(net, self.forward, self.pool,
@@ -833,11 +844,10 @@ class Experiment:
                                    self.model, config, len(self.pool))})
         return partition(arm, cluster_N, self.label_N, config.clusters, self.seed), spent
 
-    def distil(self, arm, n_steps, spent, base, experts, cluster_N, nmi):
+    def distil(self, arm, n_steps, base, experts, cluster_N, nmi, spent):
         """Trains the student on base and experts."""
         config = self.config
-        key_init, key_steps = (jax.random.fold_in(k, 0) for k in jax.random.split(
-            jax.random.key(self.seed), 3)[:2])
+        key_init, key_steps = (jax.random.fold_in(key, 0) for key in self.keys()[:2])
 
         def load(start):
             for batch in data.batches(self.pool, seed=self.seed, batch_size=config.batch_size,

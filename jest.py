@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common import data, devices, flags, flops, reference, report, retrieval, train, vit
+from common import data, devices, flags, flops, picks, reference, report, retrieval, train, vit
 from common.devices import AXIS
 
 METHODS = ("uniform", "independent", "jest", "flexi_jest")
@@ -600,7 +600,7 @@ def train_step(state, index, key, batch_N, *, method, model, reference_model, op
     key_select = jax.random.fold_in(key, index)
     truth_B = {k: gather(v, AXIS) for k, v in batch_N.items() if v.dtype == bool}
     batch_S = {k: batch_N[k] for k in ("image", "tokens")}
-    pick_S, state = jnp.arange(method.batch_size), dict(state)
+    pick_S, state, metrics = jnp.arange(method.batch_size), dict(state), {}
     if method.method != "uniform":
         learner, reference = embed_both(state, batch_N, method, model, reference_model,
                                         low_patch=method.low_patch)
@@ -609,9 +609,10 @@ def train_step(state, index, key, batch_N, *, method, model, reference_model, op
         # halves, every second pick, would not be a random half.
         pick_S = jnp.sort(pick_S)
         batch_S = {k: devices.take(v, pick_S) for k, v in batch_S.items()}
+        metrics = {"pick": pick_S}
     state["learner"], loss = update(state["learner"], batch_S, model, optimiser,
                                     method.low_patch if method.cotrain else 0)
-    metrics = {"loss": loss}
+    metrics["loss"] = loss
     for k, v_B in truth_B.items():
         metrics |= {f"picked_{k}": v_B[pick_S].mean(), f"pool_{k}": v_B.mean()}
     return state, metrics
@@ -949,7 +950,7 @@ def main():
         return params, cached, setup.plus(
             setup_seconds=seconds, flops={"reference_scoring": len(pool) * F_reference})
 
-    shown = None
+    shown, counts = None, {}
     for seed in config.seeds:
         whole = data.Pool(source, noise=noise, field="tokens", seed=seed)
         ids, rest_ids = data.split(whole.ids, config.curated_fraction, seed)
@@ -979,7 +980,9 @@ def main():
                 after = next(load(arm.steps + 1, arm.steps))
                 look = lambda state, arm=arm, after=after: jax.device_get(
                     arm.look(state, key_steps, after))
-            stage = run.stage(name, seed, arm.steps, spent=setup)
+            if selects:
+                counts[name, seed] = picks.Counts(pool, seed, n)
+            stage = run.stage(name, seed, arm.steps, spent=setup, counts=counts.get((name, seed)))
             state = train_stage(stage, state, arm.step, key_steps,
                                 functools.partial(load, arm.steps), evaluator(model, look),
                                 trained=b, scored=n, flops=costs[name])

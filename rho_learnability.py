@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common import data, devices, flags, reference, report, retrieval, train, vit
+from common import data, devices, flags, picks, reference, report, retrieval, train, vit
 from common.devices import AXIS
 
 ARMS = ("uniform", "learnability", "easy_reference", "hard_learner", "rho_loss")
@@ -360,7 +360,7 @@ def train_step(state, index, key, batch_N, *, method, learner, proxy, optimisers
         pick_S = pick(key_select, score_B, method)
         batch_S = {k: devices.take(v, pick_S) for k, v in batch_N.items()}
         metrics = {"score_pool": score_B.mean(), "score_pool_sd": score_B.std(),
-                   "score_picked": score_B[pick_S].mean()}
+                   "score_picked": score_B[pick_S].mean(), "pick": pick_S}
     if method.score_view == "clean":
         batch_S["image"] = augment(key_view, pick_S[devices.places(batch_S)], batch_S["image"],
                                    method.augment)
@@ -647,7 +647,7 @@ def main():
         return params, arrays["loss"], setup.plus(
             setup_seconds=seconds, flops={"reference_scoring": len(pool) * F_p})
 
-    shown = None
+    shown, counts = None, {}
     for seed in config.seeds:
         whole = data.Pool(source, noise=noise, field=planted, seed=seed)
         key_init, key_steps = jax.random.split(jax.random.key(seed))
@@ -675,7 +675,9 @@ def main():
             pool, n = (whole, b) if name == "uniform" else (train_pool, B)
             load = functools.partial(load_batches, pool, seed, n, losses=losses,
                                      selects=name != "uniform")
-            stage = run.stage(name, seed, arm.steps, spent=setup)
+            if name != "uniform":
+                counts[name, seed] = picks.Counts(pool, seed, n)
+            stage = run.stage(name, seed, arm.steps, spent=setup, counts=counts.get((name, seed)))
             state = train_stage(stage, state, arm.step, key_steps,
                                 functools.partial(load, arm.steps), evaluators[learner],
                                 trained=b, scored=n,

@@ -277,6 +277,10 @@ class Pool:
                 out[field][moved] = given[field]
         return {**out, "noisy": noisy, "id": np.asarray(ids)}
 
+    def noisy(self):
+        """Which of the examples do not have their own label or caption: bool [len(self)]."""
+        return np.concatenate([batch["noisy"][batch["valid"]] for batch in sweep(self, 512)])
+
     def identity(self):
         """What the examples and their fields are made of, for files that depend on them."""
         return (f"{self.source.name}, {self.noise:g} of {self.field} planted by seed {self.seed}, "

@@ -185,12 +185,13 @@ class Stage:
     """One training run of an arm, or of a part of it, with checkpoints that it resumes from.
 
     spent: `Totals` before this stage; its rows count on from there. about: what its weights mean
-    beyond their shapes (sizes, tokenizer), for those who load them. `totals` is kept up to date.
+    beyond their shapes (sizes, tokenizer), for those who load them. counts: a `picks.Counts`, for a
+    stage whose metrics hold the step's picks as 'pick'. `totals` and `counts` are kept up to date.
     """
 
-    def __init__(self, run, name, seed, steps, *, spent=None, about=()):
+    def __init__(self, run, name, seed, steps, *, spent=None, about=(), counts=None):
         self.name, self.seed, self.steps, self.about = name, seed, steps, dict(about)
-        self.totals, self.step = spent or Totals(), 0
+        self.totals, self.step, self.counts = spent or Totals(), 0, counts
         self._run, self._sums, self._n = run, {}, 0  # sums and number of the steps since a row
         self._late, self._since = collections.deque(), None
         self._bar = None
@@ -207,7 +208,9 @@ class Stage:
     def resume(self, state):
         """The state of the last checkpoint, if there is one, and otherwise `state`."""
         if self._saved.latest() is not None:
-            state, books = self._saved.restore(state)
+            state, books = self._saved.restore(self._with_counts(state))
+            if self.counts:
+                self.counts.arrays = state.pop("counts")
             self.step, self.totals = self._saved.latest(), Totals(**books["totals"])
             self._sums, self._n = books["sums"], books["n"]
         if self.ends:
@@ -218,6 +221,9 @@ class Stage:
                 logging.info("%s seed %d: going on from its checkpoint of step %d", self.name,
                              self.seed, self.step)
         return devices.to_host(state)  # so that no two leaves share a buffer, which is donated
+
+    def _with_counts(self, state):
+        return {**state, "counts": self.counts.arrays} if self.counts else state
 
     def batches(self, load):
         """Yields (index of the step, batch) up to the end. load(start) yields the sharded batches
@@ -253,7 +259,8 @@ class Stage:
     def write(self, metrics):
         """Appends a row: the totals, means over the steps since the last row, and `metrics`."""
         row = {"arm": self.name, "seed": self.seed, **dataclasses.asdict(self.totals),
-               **{k: v / self._n for k, v in self._sums.items()}, **metrics}
+               **{k: v / self._n for k, v in self._sums.items()}, **metrics,
+               **(self.counts.metrics() if self.counts else {})}
         self._sums, self._n = {}, 0
         if jax.process_index() == 0:
             self._run.metrics.append(row)
@@ -271,7 +278,7 @@ class Stage:
         if not (self.evaluates or stops):
             return
         self._stop_clock()
-        self._saved.save(self.step, state, {
+        self._saved.save(self.step, self._with_counts(state), {
             "totals": dataclasses.asdict(self.totals), "sums": self._sums, "n": self._n,
             "about": self.about})
         if stops and not self.ends:
@@ -289,7 +296,11 @@ class Stage:
 
     def _read(self):
         step, metrics = self._late.popleft()
-        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        metrics = jax.device_get(metrics)
+        pick_S = metrics.pop("pick", None)
+        if self.counts:
+            self.counts.add(step, pick_S)
+        metrics = {k: float(v) for k, v in metrics.items()}
         if not np.isfinite(metrics["loss"]):
             self._bar.close()
             raise FloatingPointError(f"{self.name} seed {self.seed}: the loss of step {step} is "
