@@ -27,16 +27,19 @@ def style(ax, xlabel, ylabel=""):
     ax.grid(axis="y", color="#e6e6e6")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
 
 
-def curves(tracks, target, metric, title):
+def curves(tracks, metric, title):
     """The metric against four costs: the mean over the seeds, and a band of one sd.
 
-    tracks: {arm: `report.track`}, the baseline first. The dotted line is the target; a dot marks
-    where an arm's mean gets there. Speed-ups are computed seed by seed, so they may differ from the
-    dots by an evaluation.
+    tracks: {arm: `report.track`}, the baseline first. The dotted line is the baseline's best. A dot
+    marks where an arm's mean reaches it, and where the baseline's mean is first within one sd of it.
+    Speed-ups are computed seed by seed, so they may differ from the dots by an evaluation.
     """
+    baseline, track = next(iter(tracks.items()))
+    best = np.nanargmax(track["mean"])
+    target, near = track["mean"][best], track["mean"][best] - track["sd"][best]
     figure = Figure(figsize=(14, 4.3), layout="constrained")
     panels = {"training steps": "iterations", "examples scored": "examples_scored",
               "FLOPs, all charged": "no_amortisation", "training time [s]": "seconds"}
@@ -44,16 +47,16 @@ def curves(tracks, target, metric, title):
     for ax, (label, total) in zip(axes, panels.items()):
         for (arm, track), colour in zip(tracks.items(), itertools.cycle(COLOURS)):
             x, mean, sd = track[total], track["mean"], track["sd"]
-            at_target = np.flatnonzero(mean >= target)[:1]
+            dot = np.flatnonzero(mean >= (near if arm == baseline else target))[:1]
             ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
             ax.plot(x, mean, ".-", color=colour, linewidth=2, label=arm)
-            ax.plot(x[at_target], mean[at_target], "o", color=colour, markersize=9,
+            ax.plot(x[dot], mean[dot], "o", color=colour, markersize=9,
                     markeredgecolor="white", zorder=4)
-        ax.axhline(target, color=COLOURS[0], linestyle=":", label=f"target {target:.3f}")
+        ax.axhline(target, color=COLOURS[0], linestyle=":", label=f"{baseline}'s best {target:.3f}")
         style(ax, label)
     axes[0].set_ylabel(metric.replace("_", " "))
     figure.suptitle(title, parse_math=False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", frameon=False,
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False,
                   ncols=len(tracks) + 1)
     return figure
 
@@ -67,15 +70,16 @@ def image_row(axes, images, label):
     axes[0].set_ylabel(label, fontsize=11)
 
 
-def picks(shares, pool_shares, *, pool, arm, ids, score_B, pick_S, n_images=12):
+def picks(tracks, average, *, pool, arm, ids, score_B, pick_S, n_images=12):
     """Random examples of what an arm takes of a super-batch and of what it leaves, best score
     first; below, the share of noisy, duplicate and hopeless ones among what is picked, over time.
 
-    shares: {"noisy": {arm: `report.track`}, ...}; the dashed line is pool_shares["noisy"], the share
-    in the arm's pool. pool: reads the examples `ids` [B]. score_B: their scores. pick_S: indices of
-    those that were picked.
+    tracks: {"noisy": {arm: `report.track`}, ...}. average["pool_noisy"], the dashed line, is the
+    share in the arm's pool. pool: reads the examples `ids` [B]. score_B: their scores. pick_S:
+    indices of those that were picked.
     """
-    figure = Figure(figsize=(14, 6.6), layout="constrained")
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    figure.get_layout_engine().set(hspace=0.1)
     above, below = figure.subfigures(2, 1, height_ratios=[1.3, 1])
     rng = np.random.default_rng(0)
     left = np.setdiff1d(np.arange(len(ids)), pick_S)
@@ -90,14 +94,16 @@ def picks(shares, pool_shares, *, pool, arm, ids, score_B, pick_S, n_images=12):
             ax.set_title(f"{score_B[i]:+.2f}", fontsize=9)
             ax.set_xlabel(textwrap.fill(text if len(text) < 34 else text[:31] + "...", 17),
                           color=WRONG if wrong else "black", fontsize=8, parse_math=False)
-    for ax, kind in zip(below.subplots(1, max(len(shares), 1), squeeze=False)[0], shares):
-        for (name, track), colour in zip(shares[kind].items(), itertools.cycle(COLOURS)):
+    axes = below.subplots(1, len(tracks), squeeze=False)[0] if tracks else ()
+    for ax, kind in zip(axes, tracks):
+        for (name, track), colour in zip(tracks[kind].items(), itertools.cycle(COLOURS)):
             ax.plot(track["iterations"], track["mean"], ".-", color=colour, label=name)
-        ax.axhline(pool_shares[kind], color="#888888", linestyle="--", label="in the pool")
+        ax.axhline(average[f"pool_{kind}"], color="#888888", linestyle="--", label="in the pool")
         style(ax, "training steps", f"{kind}, of what is picked")
-        ax.set_ylim(0, None)
+        ax.set_ylim(0, 1.05 * ax.dataLim.ymax)
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        ax.legend(frameon=False)
+    if tracks:
+        axes[0].legend(frameon=False)
     figure.suptitle(f"What {arm} takes and leaves of one super-batch, after training\n"
                     "above an image its score, below it the label or caption it came with, in "
                     "orange where that is wrong")

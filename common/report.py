@@ -52,14 +52,13 @@ HEADLINES = {
 def evaluations(rows, metric):
     """(values [seed, evaluation], spent [seed, evaluation, total]) from the rows of one arm.
 
-    An evaluation is a row with the metric, at a step at which all seeds have one. A seed that has
-    diverged has null, which becomes NaN. The totals are those of TOTALS.
+    The evaluations are at the steps that all seeds have. The metric of a seed that has diverged is
+    null, which becomes NaN. The totals are those of TOTALS.
     """
     by_seed = {}
     for r in rows:
-        if metric in r:
-            by_seed.setdefault(r["seed"], {})[r["step"]] = r
-    steps = sorted(set.intersection(*map(set, by_seed.values()))) if by_seed else []
+        by_seed.setdefault(r["seed"], {})[r["step"]] = r
+    steps = sorted(set.intersection(*map(set, by_seed.values())))
     array = lambda get: np.array([[get(by_seed[seed][step]) for step in steps]
                                   for seed in sorted(by_seed)], float)
     return array(lambda r: r[metric]), array(lambda r: [
@@ -107,17 +106,15 @@ def speedup(values, spent, target, baseline_spent):
 
 # ------------------------------------------------------------------------------------ summary
 
-def summarise(rows, *, script, dataset, metric, arms):
-    """summary.json, from the rows of metrics.jsonl. arms[0] is the baseline. An arm that has no row
-    with the metric is left out."""
-    rows_of_arm = {arm: [r for r in rows_of(rows, arm) if metric in r] for arm in arms}
-    there = [arm for arm in arms if rows_of_arm[arm]]
-    reached = {arm: evaluations(rows_of_arm[arm], metric) for arm in there}
-    baseline = arms[0] in there and baseline_target(*reached.pop(arms[0]))
+def summarise(rows, metric, arms, **about):
+    """summary.json, from the rows of metrics.jsonl, in which each arm has rows with the metric.
+    arms[0] is the baseline. about: script and dataset."""
+    rows_of = {arm: of_arm(rows, arm, metric) for arm in arms}
+    target, spent = baseline_target(*evaluations(rows_of[arms[0]], metric))
     return files.plain({
-        "script": script, "dataset": dataset, "metric": metric,
-        "arms": {arm: summarise_arm(rows_of_arm[arm]) for arm in there},
-        "speedup": {arm: speedup(*reached[arm], *baseline) for arm in reached if baseline}})
+        **about, "metric": metric, "arms": {arm: summarise_arm(rows_of[arm]) for arm in arms},
+        "speedup": {arm: speedup(*evaluations(rows_of[arm], metric), target, spent)
+                    for arm in arms[1:]}})
 
 
 def summarise_arm(rows):
@@ -125,7 +122,7 @@ def summarise_arm(rows):
     and what its pool had to offer over the whole run."""
     last = list({r["seed"]: r for r in sorted(rows, key=lambda r: r["step"])}.values())
     mean = lambda get: statistics.fmean(map(get, last))
-    metrics = [k for k in dict.fromkeys(k for r in last for k in r) if k not in BOOKKEEPING]
+    metrics = [k for k in last[0] if k not in BOOKKEEPING]
     return {"final": {k: over_seeds(last, k) for k in metrics},
             **{k: mean(lambda r: r.get(k, 0)) for k in BOOKKEEPING[3:-1]},
             "flops": {role: mean(lambda r: r["flops"].get(role, 0))
@@ -136,7 +133,7 @@ def summarise_arm(rows):
 
 def over_seeds(rows, metric):
     """If one seed has diverged, the mean is NaN: a mean of the others would flatter."""
-    x = np.array([r[metric] for r in rows if metric in r], float)
+    x = np.array([r.get(metric) for r in rows], float)
     return {"mean": x.mean(), "sd": seed_sd(x), "n": len(x)}
 
 
@@ -184,14 +181,12 @@ def noise_auc(offered, taken, noisy):
     """
     seen = offered > 0
     rate, noisy = taken[seen] / offered[seen], noisy[seen].astype(bool)
-    n_noisy, n_clean = noisy.sum(), (~noisy).sum()
-    if n_noisy == 0 or n_clean == 0:
+    if noisy.all() or not noisy.any():
         return None
-    _, which, count = np.unique(-rate, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[which]  # from 1 up; equal rates share a mean rank
-    # The ranks of the noisy ones would sum to n (n + 1) / 2 if all of them were below the clean
-    # ones. Each clean example below a noisy one adds 1.
-    return float((rank[noisy].sum() - n_noisy * (n_noisy + 1) / 2) / (n_noisy * n_clean))
+    clean = np.sort(rate[~noisy])
+    fewer = np.searchsorted(clean, rate[noisy], "left")  # how many clean ones were taken less often
+    no_more = np.searchsorted(clean, rate[noisy], "right")  # less often, or as often
+    return float(1 - (fewer + no_more).mean() / 2 / len(clean))
 
 
 # --------------------------------------------------------------------------------- the screen
@@ -206,10 +201,6 @@ def columns(lines):
 
 def decimals(x):
     return "-" if x is None else f"{x:.3f}"
-
-
-def tera(n):
-    return f"{n / 1e12:.3g}"
 
 
 def times(ratio, better="fewer", worse="more", equal="as many"):
@@ -230,7 +221,7 @@ def table(summary):
         end = a["final"][summary["metric"]]
         lines.append([arm, f"{decimals(end['mean'])} +- {decimals(end['sd'])} ({end['n']})",
                       f"{a['examples_trained']:,.0f}", f"{a['examples_scored']:,.0f}",
-                      tera(flops.total_flops(a["flops"])), f"{a['seconds']:.1f}",
+                      f"{flops.total_flops(a['flops']) / 1e12:.3g}", f"{a['seconds']:.1f}",
                       *[f"{a['setup_seconds']:.1f}"] * setup])
     return columns(lines)
 
@@ -241,7 +232,7 @@ def details(summary, metrics):
     arms = summary["arms"].values()
     lines = [[k, *(decimals(a["final"].get(k, {}).get("mean")) for a in arms)]
              for k in metrics if any(k in a["final"] for a in arms)]
-    lines += [[f"TFLOP: {role}", *(tera(a["flops"].get(role, 0)) for a in arms)]
+    lines += [[f"TFLOP: {role}", *(f"{a['flops'].get(role, 0) / 1e12:.3g}" for a in arms)]
               for role in dict.fromkeys(role for a in arms for role in a["flops"])]
     levels = {}  # if nothing can be amortised, all have the same line, and the last one is kept
     for level in flops.LEVELS:
@@ -253,9 +244,8 @@ def details(summary, metrics):
 
 def sentences(summary):
     """What each arm saved, what it picked, and how well that finds the planted noise."""
-    says, baseline = [], next(iter(summary["arms"]), None)
-    for arm, s in summary["speedup"].items():
-        says.append(speedup_sentence(arm, f"{baseline}'s best ({decimals(s['target'])})", s))
+    baseline = next(iter(summary["arms"]))
+    says = [speedup_sentence(arm, baseline, s) for arm, s in summary["speedup"].items()]
     if any(" reaches " in sentence for sentence in says):
         says.append("An arm that gets there before its end has a learning rate that has not decayed "
                     "yet, while the baseline's mostly has: this favours the baseline.")
@@ -271,9 +261,9 @@ def sentences(summary):
     return "\n".join(textwrap.fill(sentence, 98, subsequent_indent="    ") for sentence in says)
 
 
-def speedup_sentence(arm, best, s):
-    """An arm's entry in summary["speedup"], in words. best: the words for the target."""
-    n = len(s["iterations_per_seed"])
+def speedup_sentence(arm, baseline, s):
+    """An arm's entry in summary["speedup"], in words."""
+    n, best = len(s["iterations_per_seed"]), f"{baseline}'s best ({decimals(s['target'])})"
     if s["reached"] < n:
         return f"{arm}: {best} is never reached by {n - s['reached']} of {n} seeds"
     # Levels with the same ratio are one entry, with the words of the last, which charges most.
@@ -288,16 +278,16 @@ def speedup_sentence(arm, best, s):
 
 
 def kinds(picked):
-    """The kinds of examples of which the fraction is known that an arm picked: noisy, ..."""
-    return [k.removeprefix("picked_") for k in picked if k.startswith("picked_")]
+    """The kinds of examples that the pool is known to hold: some of noisy, duplicate, hopeless."""
+    return [k.removeprefix("pool_") for k, share in picked.items() if k.startswith("pool_") and share]
 
 
 # --------------------------------------------------------------------------------- the report
 
 def conclude(workdir, *, picks=None, clusters=None):
     """Prints the tables of a finished run, then writes summary.json and the pictures. The arms and
-    seeds stand in config.json. picks, clusters: more arguments of `pictures.draw_picks` and
-    `draw_clusters`.
+    seeds stand in config.json. picks: the keyword arguments of `pictures.picks`. clusters: the
+    arguments of `pictures.clusters`.
 
     Raises: ValueError, in one line, if the run is not finished.
     """
@@ -312,42 +302,40 @@ def conclude(workdir, *, picks=None, clusters=None):
     # The data set may be a path that ends with a version: .../emoji/1.0.0 is called emoji.
     dataset = re.sub(r"(/[\d.]*)*$", "", config["flags"]["dataset"]).rpartition("/")[2]
     script = Path(config["script"]).stem
-    summary = summarise(rows, script=script, dataset=dataset, metric=metric, arms=arms)
-    says = [table(summary), sentences(summary), details(summary, more)]
-    print(*filter(None, says), sep="\n\n", flush=True)
+    summary = summarise(rows, metric, arms, script=script, dataset=dataset)
+    parts = [table(summary), sentences(summary), details(summary, more)]
+    print(*filter(None, parts), sep="\n\n", flush=True)
     files.write_json(workdir / "summary.json", summary)
 
     from common import pictures  # and with it matplotlib, which takes long to import
-    tracks = {arm: track(with_base(rows, arm), curve_metric) for arm in arms}
-    target, _ = baseline_target(*evaluations(with_base(rows, arms[0]), curve_metric))
     title = f"{script} on {dataset}, seeds {', '.join(map(str, seeds))}"
-    pictures.draw(pictures.curves, workdir / "curves.png", tracks, target, curve_metric, title)
+    tracks = {arm: track(with_base(rows, arm, curve_metric), curve_metric) for arm in arms}
+    pictures.draw(pictures.curves, workdir / "curves.png", tracks, curve_metric, title)
     if picks:
-        pool = summary["arms"][picks["arm"]]["picked"]
-        shares = {kind: {arm: track(rows_of(rows, arm), f"picked_{kind}") for arm, a in
-                         summary["arms"].items() if f"picked_{kind}" in a["picked"]}
-                  for kind in kinds(pool)}
-        pool_shares = {kind: pool[f"pool_{kind}"] for kind in shares}
-        pictures.draw(pictures.picks, workdir / "picks.png", shares, pool_shares, **picks)
+        average = summary["arms"][picks["arm"]]["picked"]
+        tracks = {kind: {arm: track(of_arm(rows, arm, f"picked_{kind}"), f"picked_{kind}")
+                         for arm in arms if f"picked_{kind}" in summary["arms"][arm]["picked"]}
+                  for kind in kinds(average)}
+        pictures.draw(pictures.picks, workdir / "picks.png", tracks, average, **picks)
     if clusters:
         pictures.draw(pictures.clusters, workdir / "clusters.png", **clusters)
 
 
+def of_arm(rows, arm, metric):
+    return [r for r in rows if r["arm"] == arm and metric in r]
+
+
+def with_base(rows, arm, metric):
+    """The rows of an arm, after the base's if the arm was distilled from it (DnC)."""
+    own = of_arm(rows, arm, metric)
+    distilled = "distillation" in own[0]["flops"]
+    return of_arm(rows, "base", metric) * distilled + own
+
+
 def track(rows, metric):
-    """{"mean", "sd", and each of TOTALS: array [evaluation]} of an arm, over its seeds, to draw."""
+    """What a curve is drawn of: {"mean", "sd" and each of TOTALS: [evaluation]}, over the seeds."""
     values, spent = evaluations(rows, metric)
     return {"mean": seed_mean(values), "sd": seed_sd(values), **dict(zip(TOTALS, spent.mean(0).T))}
-
-
-def rows_of(rows, arm):
-    return [r for r in rows if r["arm"] == arm]
-
-
-def with_base(rows, arm):
-    """The rows of an arm, after the base's if the arm was distilled from it (DnC)."""
-    own = rows_of(rows, arm)
-    distilled = any("distillation" in r["flops"] for r in own)
-    return rows_of(rows, "base") * distilled + own
 
 
 if __name__ == "__main__":
