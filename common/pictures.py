@@ -33,8 +33,8 @@ def style(ax, xlabel, ylabel=""):
 def curves(tracks, metric, title):
     """The metric against four costs: the mean over the seeds, and a band of one sd.
 
-    tracks: {arm: `report.track`}, the baseline first. The dotted line is the baseline's best. A dot
-    marks where an arm's mean reaches it, and where the baseline's mean is first within one sd of it.
+    tracks: {arm: `report.track`}, the baseline first. The dotted line is the baseline's best. Dots
+    mark where an arm's mean reaches it, and where the baseline's mean is first within one sd of it.
     Speed-ups are computed seed by seed, so they may differ from the dots by an evaluation.
     """
     baseline, track = next(iter(tracks.items()))

@@ -227,8 +227,8 @@ def table(summary):
 
 
 def details(summary, metrics):
-    """The arms in columns: these metrics at the end, if any arm has them, then the FLOPs of the whole
-    run by role, and at each level of amortisation relative to the baseline."""
+    """The arms in columns: these metrics at the end, if any arm has them, then the FLOPs of the
+    whole run by role, and at each level of amortisation relative to the baseline."""
     arms = summary["arms"].values()
     lines = [[k, *(decimals(a["final"].get(k, {}).get("mean")) for a in arms)]
              for k in metrics if any(k in a["final"] for a in arms)]
@@ -247,8 +247,8 @@ def sentences(summary):
     baseline = next(iter(summary["arms"]))
     says = [speedup_sentence(arm, baseline, s) for arm, s in summary["speedup"].items()]
     if any(" reaches " in sentence for sentence in says):
-        says.append("An arm that gets there before its end has a learning rate that has not decayed "
-                    "yet, while the baseline's mostly has: this favours the baseline.")
+        says.append("An arm that gets there before its end has a learning rate that has not "
+                    "decayed yet. The baseline's mostly has: this favours the baseline.")
     for arm, a in summary["arms"].items():
         picks = [f"{100 * a['picked'][f'picked_{kind}']:.0f} % {kind} (pool "
                  f"{100 * a['picked'][f'pool_{kind}']:.0f} %)" for kind in kinds(a["picked"])]
@@ -279,7 +279,7 @@ def speedup_sentence(arm, baseline, s):
 
 def kinds(picked):
     """The kinds of examples that the pool is known to hold: some of noisy, duplicate, hopeless."""
-    return [k.removeprefix("pool_") for k, share in picked.items() if k.startswith("pool_") and share]
+    return [k[5:] for k, share in picked.items() if k.startswith("pool_") and share]
 
 
 # --------------------------------------------------------------------------------- the report
