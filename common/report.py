@@ -339,7 +339,9 @@ def track(rows, metric):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m common.report WORKDIR")
     try:
-        conclude(*sys.argv[1:])
-    except (OSError, TypeError, ValueError) as e:
-        sys.exit(f"python -m common.report WORKDIR: {e}")
+        conclude(sys.argv[1])
+    except (OSError, ValueError) as e:
+        sys.exit(f"error: {e}")
