@@ -1,15 +1,18 @@
-"""Speed-ups worked out by hand, files torn by kills, and the sentences that people will quote."""
+"""Speed-ups worked out by hand and by a slow program, and the sentences that people will quote."""
 
 import json
+import math
+import statistics
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+from matplotlib.figure import Figure
 import numpy as np
 import pytest
 
-from common import report
+from common import flops, pictures, report
 
 ARMS = ["uniform", "clever"]
 
@@ -26,120 +29,95 @@ def curve(arm, seed, accuracies, **more):
     return [row(arm, seed, 10 * (i + 1), a, **more) for i, a in enumerate(accuracies)]
 
 
-def summarise(rows, arms=ARMS):
-    return report.summarise(rows, script="jest", dataset="toy", metric="accuracy", arms=arms)
+def summarise(rows, arms=ARMS, metric="accuracy"):
+    return report.summarise(rows, metric, arms, script="jest", dataset="toy")
 
 
-# ------------------------------------------------------------------------------------- FLOPs
+def workdir_of(path, rows, arms=ARMS, seeds=(0,), script="jest.py", dataset="toy"):
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (path / "config.json").write_text(json.dumps({
+        "script": script, "flags": {"arms": list(arms), "seeds": list(seeds), "dataset": dataset}}))
+    return path
 
-def test_levels_are_cumulative_and_each_role_enters_at_its_own():
-    flops = {"learner": 1, "actor_scoring": 10, "actor_training": 100, "selection": 1000,
-             "reference_scoring": 10_000, "reference_training": 100_000}
-    assert list(report.LEVELS) == ["fully_amortised", "foundation_dataset", "pretrained_reference",
-                                   "no_amortisation"]
-    assert [report.total_flops(flops, level) for level in report.LEVELS] == [
+
+def words(text):
+    return " ".join(text.split())
+
+
+# ---------------------------------------------------------------------------------- speed-ups
+
+def test_levels_are_cumulative_and_a_role_that_none_names_counts_in_each():
+    bill = {"learner": 1, "actor_scoring": 10, "actor_training": 100, "selection": 1000,
+            "reference_scoring": 10_000, "reference_training": 100_000}
+    assert [flops.total_flops(bill, level) for level in (
+        "fully_amortised", "foundation_dataset", "pretrained_reference", "no_amortisation")] == [
         1, 1111, 11_111, 111_111]
-    assert report.total_flops(flops) == 111_111
+    assert flops.total_flops(bill) == 111_111
+    assert {flops.total_flops({"base": 1, "experts": 4}, level) for level in flops.LEVELS} == {5}
 
 
-def test_roles_outside_the_levels_count_in_each():
-    flops = {"base": 1, "clustering": 2, "experts": 4, "distillation": 8}
-    assert {report.total_flops(flops, level) for level in report.LEVELS} == {15.0}
+def slow_speedup(rows, arm):
+    """(target, each seed's ratio of steps), word for word as the docstring of report.py says it."""
+    value = {(r["arm"], r["seed"], r["step"]): r["accuracy"] for r in rows}
+    seeds = lambda name: sorted({s for a, s, _ in value if a == name})
+    steps = lambda name: [t for t in range(10, 80, 10) if all((name, s, t) in value
+                                                              for s in seeds(name))]
+    mean_and_sd = {}
+    for t in steps("uniform"):
+        got = [value["uniform", s, t] for s in seeds("uniform")]
+        if None not in got:
+            mean_and_sd[t] = statistics.mean(got), np.std(got, ddof=1) if len(got) > 1 else 0
+    target, sd = max(mean_and_sd.values(), key=lambda m: m[0])
+    spent = min(t for t, (mean, _) in mean_and_sd.items() if mean >= target - sd)
+    first = [next((t for t in steps(arm) if value[arm, s, t] is not None
+                   and value[arm, s, t] >= target), None) for s in seeds(arm)]
+    return target, [spent / t if t else None for t in first]
 
 
-# ------------------------------------------------------------------------------------- files
-
-def test_rows_come_back_with_nonfinite_as_null(tmp_path):
-    f = report.MetricsFile(tmp_path / "metrics.jsonl")
-    assert f.rows() == []
-    f.append({"loss": float("nan"), "flops": {"learner": np.float32(np.inf)}, "n": np.int64(3),
-              "scores": np.array([1.0, np.nan])})
-    text = (tmp_path / "metrics.jsonl").read_text()
-    assert text.endswith("}\n") and "NaN" not in text and "Infinity" not in text
-    assert f.rows() == [{"loss": None, "flops": {"learner": None}, "n": 3, "scores": [1.0, None]}]
-
-
-@pytest.mark.parametrize("torn", [b'{"arm": "uni', b'{"step": 3}', b'{"a": "\xc3'])
-def test_a_torn_line_is_ignored_then_removed(tmp_path, torn):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + torn)
-    f = report.MetricsFile(path)
-    assert [r["step"] for r in f.rows()] == [1, 2]
-    f.append({"step": 4})
-    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n{"step": 4}\n'
-
-
-def test_a_file_that_is_one_torn_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"st')
-    f = report.MetricsFile(path)
-    assert f.rows() == []
-    f.append({"step": 1})
-    assert f.rows() == [{"step": 1}]
+def test_speedups_equal_those_of_a_slow_program():
+    outcomes = set()
+    for trial in range(60):
+        rng = np.random.default_rng(trial)
+        rows = []
+        for arm, n_seeds in zip(ARMS, rng.integers(1, 5, 2)):
+            for seed in range(n_seeds):
+                got = np.linspace(0, rng.uniform(0.5, 1), 7) + rng.normal(0, 0.1, 7)
+                got = [round(x, 2) if rng.random() > 0.05 else None for x in got.tolist()]
+                rows += [r for r in curve(arm, seed, got)
+                         if r["step"] == 70 or rng.random() > 0.1]  # some evaluations are missing
+        rng.shuffle(rows)
+        up = summarise(rows)["speedup"]["clever"]
+        target, ratios = slow_speedup(rows, "clever")
+        assert (up["target"], up["iterations_per_seed"]) == (target, ratios)
+        n = up["reached"]
+        assert n == len(ratios) - ratios.count(None)
+        assert up["seconds"] == (pytest.approx(np.mean(ratios)) if n == len(ratios) else None)
+        outcomes.add("none" if n == 0 else "some" if n < len(ratios) else "all")
+    assert outcomes == {"all", "some", "none"}
 
 
-def test_rewind_drops_only_what_one_run_logged_after_its_checkpoint(tmp_path):
-    f = report.MetricsFile(tmp_path / "metrics.jsonl")
-    f.rewind("uniform", 0, 0)  # nothing logged yet
-    rows = [row(arm, seed, step, 0.5) for arm in ARMS for seed in (0, 1) for step in (1, 2, 3)]
-    for r in rows:
-        f.append(r)
-    with open(f.path, "ab") as raw:
-        raw.write(b'{"torn')
-    f.rewind("clever", 1, 2)
-    assert f.rows() == rows[:-1]
-    assert f.path.read_bytes().endswith(b"}\n")
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_a_failed_rewind_leaves_the_old_file(tmp_path, monkeypatch):
-    f = report.MetricsFile(tmp_path / "metrics.jsonl")
-    f.append(row("uniform", 0, 1, 0.5))
-    before = f.path.read_bytes()
-
-    def killed(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(report.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        f.rewind("uniform", 0, 0)
-    assert f.path.read_bytes() == before
-
-
-def test_write_json_keeps_order_and_ends_with_a_newline(tmp_path):
-    report.write_json(tmp_path / "s.json", {"b": np.nan, "a": (1, np.float32(0.5))})
-    assert (tmp_path / "s.json").read_text() == (
-        '{\n  "b": null,\n  "a": [\n    1,\n    0.5\n  ]\n}\n')
-
-
-# ----------------------------------------------------------------------------------- summary
-
-def test_summary_has_the_form_of_the_interface():
-    rows = (curve("uniform", 0, [0.5, 0.6]) + curve("uniform", 1, [0.5, 0.8])
-            + curve("clever", 0, [0.7, 0.9]))
-    s = summarise(rows)
-    assert list(s) == ["script", "dataset", "metric", "arms", "speedup"]
-    assert (s["script"], s["dataset"], s["metric"]) == ("jest", "toy", "accuracy")
-    u = s["arms"]["uniform"]
-    assert list(u) == ["final", "examples_trained", "examples_scored", "flops", "seconds"]
-    assert u["final"] == {"accuracy": {"mean": pytest.approx(0.7), "n": 2,
-                                       "sd": pytest.approx(0.02 ** 0.5)}}  # 0.1 ** 2 * 2 / (2 - 1)
-    assert s["arms"]["clever"]["final"]["accuracy"] == {"mean": 0.9, "sd": 0.0, "n": 1}
-    assert u["examples_trained"] == 200 and u["seconds"] == 20 and u["flops"] == {"learner": 2000}
-    assert list(s["speedup"]) == ["clever"]
-    assert list(s["speedup"]["clever"]) == ["target", "reached", "iterations", "examples_scored",
-                                            "seconds", "flops", "iterations_per_seed"]
-    json.dumps(s, allow_nan=False)
-
-
-def test_speedup_is_a_mean_of_ratios_per_seed():
-    # Seed-means of the baseline: 0.2, 0.4, 0.6, 0.8. Target 0.8 at step 40.
-    rows = curve("uniform", 0, [0.1, 0.3, 0.5, 0.7]) + curve("uniform", 1, [0.3, 0.5, 0.7, 0.9])
-    rows += curve("clever", 0, [0.8, 0.7, 0.9]) + curve("clever", 1, [0.3, 0.85])
-    up = summarise(rows)["speedup"]["clever"]
-    assert up["target"] == pytest.approx(0.8) and up["reached"] == 2
-    assert up["iterations_per_seed"] == [4.0, 2.0]  # 40 / 10 and 40 / 20
-    assert up["iterations"] == 3.0  # not 40 / mean(10, 20) = 2.67
-    assert up["flops"] == dict.fromkeys(report.LEVELS, 3.0)
+@pytest.mark.parametrize("uniform, clever, target, ratios", [
+    # Means 0.2, 0.4, 0.6, 0.8; sd 0.14. 40 / 10 and 40 / 20, of which the mean is 3.
+    ([[0.1, 0.3, 0.5, 0.7], [0.3, 0.5, 0.7, 0.9]], [[0.8, 0.7], [0.3, 0.85]], 0.8, [4, 2]),
+    # Means 0.5, 0.74, 0.7, 0.75; sd 0.014 at the best. Charged to step 20, but 0.745 is too little.
+    ([[0.49, 0.73, 0.7, 0.74], [0.51, 0.75, 0.7, 0.76]], [[0.745, 0.75, 0.75]], 0.75, [1]),
+    ([[0.5, 0.9, 0.6]], [[0.6, 0.7, 0.9]], 0.9, [2 / 3]),  # overfits: held to its best, a slow-down
+    ([[0.5, 0.9, 0.9]], [[0.9]], 0.9, [2]),  # a tie: the baseline's earlier evaluation
+    ([[0.1]] * 3, [[0.1]] * 3, 0.1, [1, 1, 1]),  # although np.mean([0.1] * 3) is above 0.1
+    ([[0.5, 0.8]], [[0.8], [0.7]], 0.8, [2, None]),  # one seed never gets there
+    ([[0.5, 0.8, None]], [[None, 0.9], [0.9, None]], 0.8, [1, 2]),  # diverged seeds reach nothing
+    ([[0.5, 0.8, math.nan]], [[math.nan, 0.9]], 0.8, [1]),
+    ([[0.5, 0.9], [0.5, None]], [[0.5]], 0.5, [1]),  # a mean over all seeds or none
+    ([[None]], [[0.9]], None, [None])])
+def test_speedups_worked_out_by_hand(uniform, clever, target, ratios):
+    up = summarise([r for arm, curves in zip(ARMS, (uniform, clever))
+                    for seed, values in enumerate(curves)
+                    for r in curve(arm, seed, values)])["speedup"]["clever"]
+    assert up["target"] == pytest.approx(target) and up["iterations_per_seed"] == ratios
+    assert up["reached"] == len(ratios) - ratios.count(None)
+    mean = None if None in ratios else statistics.mean(ratios)
+    assert up["iterations"] == up["examples_scored"] == up["seconds"] == mean
+    assert up["flops"] == dict.fromkeys(flops.LEVELS, mean)
 
 
 def test_each_total_has_its_own_ratio_and_slow_downs_stay_below_one():
@@ -154,198 +132,306 @@ def test_each_total_has_its_own_ratio_and_slow_downs_stay_below_one():
     assert up["seconds"] == 2.0 and up["seconds_with_setup"] == 0.5
     assert list(up["flops"].values()) == [4.0, 2.0, 1.0, 0.5]
     assert s["arms"]["clever"]["setup_seconds"] == 15.0
-    assert "setup_seconds" not in s["arms"]["uniform"]
+    assert s["arms"]["uniform"]["setup_seconds"] == 0.0
 
 
-def test_an_overfitting_baseline_is_held_to_its_best():
-    rows = curve("uniform", 0, [0.5, 0.9, 0.6]) + curve("clever", 0, [0.6, 0.7, 0.9])
+# ------------------------------------------------------------------------------------ summary
+
+def test_summary_has_the_form_of_the_interface():
+    rows = (curve("uniform", 0, [0.5, 0.6]) + curve("uniform", 1, [0.5, 0.8])
+            + curve("clever", 0, [0.7, 0.9]))
+    del rows[-1]["accuracy"]  # only a line of the log
     s = summarise(rows)
-    assert s["speedup"]["clever"]["target"] == 0.9
-    assert s["speedup"]["clever"]["iterations"] == pytest.approx(20 / 30)  # billed to step 20
-    assert s["arms"]["uniform"]["final"]["accuracy"]["mean"] == 0.6  # but its final is its last
+    assert list(s) == ["script", "dataset", "metric", "arms", "speedup"]
+    assert (s["script"], s["dataset"], s["metric"]) == ("jest", "toy", "accuracy")
+    u = s["arms"]["uniform"]
+    assert list(u) == ["final", "examples_trained", "examples_scored", "seconds", "setup_seconds",
+                       "flops", "picked"]
+    assert u["final"] == {"accuracy": {"mean": pytest.approx(0.7), "n": 2,
+                                       "sd": pytest.approx(0.02 ** 0.5)}}  # 0.1 ** 2 * 2 / (2 - 1)
+    assert s["arms"]["clever"]["final"]["accuracy"] == {"mean": 0.7, "sd": 0.0, "n": 1}
+    assert u["examples_trained"] == 200 and u["seconds"] == 20 and u["flops"] == {"learner": 2000}
+    assert list(s["speedup"]) == ["clever"]
+    assert list(s["speedup"]["clever"]) == [
+        "target", "reached", "iterations", "examples_scored", "seconds", "seconds_with_setup",
+        "flops", "iterations_per_seed"]
+    json.dumps(s, allow_nan=False)
 
 
-def test_a_tie_goes_to_the_baselines_earlier_evaluation():
-    rows = curve("uniform", 0, [0.5, 0.9, 0.9]) + curve("clever", 0, [0.9])
-    assert summarise(rows)["speedup"]["clever"]["iterations"] == 2.0
+def test_the_final_metric_is_the_last_and_null_if_a_seed_has_diverged():
+    rows = curve("uniform", 0, [0.5, 0.9, 0.6]) + curve("clever", 0, [0.9, None])
+    arms = summarise(rows[::-1] + curve("clever", 1, [0.7, 0.8]))["arms"]  # in any order
+    assert arms["uniform"]["final"]["accuracy"] == {"mean": 0.6, "sd": 0.0, "n": 1}
+    assert arms["clever"]["final"]["accuracy"] == {"mean": None, "sd": None, "n": 2}
 
 
-def test_an_equal_arm_reaches_the_target_despite_rounding():
-    rows = [r for arm in ARMS for seed in range(3) for r in curve(arm, seed, [0.1])]
-    assert np.mean([0.1] * 3) > 0.1
-    assert summarise(rows)["speedup"]["clever"]["iterations_per_seed"] == [1.0, 1.0, 1.0]
+def test_rows_that_are_missing_are_named_with_the_file_and_the_mend(tmp_path):
+    rows = curve("uniform", 0, [0.5]) + curve("uniform", 1, [0.5]) + curve("clever", 1, [0.5])
+    del rows[1]["accuracy"]  # not evaluated
+    with pytest.raises(ValueError) as e:
+        report.conclude(workdir_of(tmp_path, rows, seeds=(0, 1)))
+    assert str(e.value) == (
+        f"{tmp_path}/metrics.jsonl has no rows of uniform-1, clever-0: finish the run or, if the "
+        f"rows are lost, delete {tmp_path}/checkpoints and run it again")
 
 
-def test_one_seed_that_never_gets_there_makes_the_ratios_null():
-    rows = curve("uniform", 0, [0.5, 0.8]) + curve("clever", 0, [0.8]) + curve("clever", 1, [0.7])
-    up = summarise(rows)["speedup"]["clever"]
-    assert up["reached"] == 1 and up["iterations_per_seed"] == [2.0, None]
-    assert up["iterations"] is up["examples_scored"] is up["seconds"] is None
-    assert up["flops"] == dict.fromkeys(report.LEVELS)
+# ------------------------------------------------------------------------------ what was taken
+
+def test_picks_csv_is_a_row_an_example(tmp_path):
+    text = ['a "red", round\nthing', "\u05d0"]
+    ids, offered, taken = np.array([7, 9]), np.array([3, 4]), np.array([0, 2])
+    report.write_picks(tmp_path / "picks.csv", [
+        ("clever", seed, ids, offered, taken + seed, None, text) for seed in (0, 1)])
+    assert (tmp_path / "picks.csv").read_bytes().decode() == (
+        'arm,seed,id,offered,taken,text\n'
+        'clever,0,7,3,0,"a ""red"", round\nthing"\nclever,0,9,4,2,\u05d0\n'
+        'clever,1,7,3,1,"a ""red"", round\nthing"\nclever,1,9,4,3,\u05d0\n')
 
 
-def test_missing_arms_log_rows_unequal_seeds_and_other_steps():
-    rows = curve("uniform", 0, [0.5, 0.6, 0.7]) + curve("uniform", 1, [0.7, 0.8])
-    rows += [row("clever", 0, 7, 0.7), row("clever", 0, 3, 0.2)]  # own steps, out of order
-    log = row("clever", 0, 9, 0.0)
-    del log["accuracy"]
-    s = summarise(rows + [log], [*ARMS, "not_run"])
-    assert list(s["arms"]) == ARMS
-    # Seed-means 0.6, 0.7 (both), 0.7 (seed 0 alone): the earlier 0.7 is at step 20.
-    assert s["speedup"]["clever"]["target"] == pytest.approx(0.7)
-    assert s["speedup"]["clever"]["iterations"] == pytest.approx(20 / 7)
-    assert s["arms"]["clever"]["examples_trained"] == 70
-    only = summarise(rows, ["not_run", "clever"])
-    assert list(only["arms"]) == ["clever"] and only["speedup"] == {}
-    assert "clever" in report.table(only)
-    assert report.table(summarise([]))
+def random_picks(rng, n=300):
+    offered = rng.integers(0, 6, n)
+    noisy = rng.random(n) < 0.3
+    return offered, rng.binomial(offered, np.where(noisy, 0.2, 0.5)), noisy
 
 
-@pytest.mark.parametrize("bad", [None, float("nan")])
-def test_divergence_is_null_and_never_reaches(bad):
-    rows = curve("uniform", 0, [0.5, 0.8, bad]) + curve("clever", 0, [bad, 0.9])
-    rows += curve("clever", 1, [0.9, bad])
-    s = summarise(rows)
-    assert s["speedup"]["clever"]["target"] == 0.8  # at step 20
-    assert s["speedup"]["clever"]["iterations_per_seed"] == [1.0, 2.0]
-    assert s["arms"]["clever"]["final"]["accuracy"] == {"mean": None, "sd": None, "n": 2}
-    all_bad = summarise(curve("uniform", 0, [bad]) + curve("clever", 0, [0.9]))
-    assert all_bad["speedup"]["clever"]["target"] is None
-    assert all_bad["speedup"]["clever"]["reached"] == 0
-    assert "never reached by 1 of 1 seeds" in report.table(all_bad)
+def test_noise_auc_counts_the_pairs_that_are_in_order():
+    offered, taken, noisy = random_picks(np.random.default_rng(0), n=80)
+    score = [-t / o if o else None for t, o in zip(taken, offered)]
+    pairs = [(score[i], score[j]) for i in range(80) for j in range(80)
+             if noisy[i] and not noisy[j] and offered[i] and offered[j]]
+    wins = sum(a > b for a, b in pairs) + sum(a == b for a, b in pairs) / 2
+    assert report.noise_auc(offered, taken, noisy) == pytest.approx(wins / len(pairs), abs=1e-12)
+    assert any(a == b for a, b in pairs) and 0.6 < wins / len(pairs) < 0.95
 
 
-def test_a_baseline_that_scores_nothing_and_an_arm_that_starts_above_it():
+def test_noise_auc_is_scikit_learns():
+    metrics = pytest.importorskip("sklearn.metrics")
+    for seed in range(20):
+        offered, taken, noisy = random_picks(np.random.default_rng(seed))
+        seen = offered > 0
+        theirs = metrics.roc_auc_score(noisy[seen], -taken[seen] / offered[seen])
+        assert report.noise_auc(offered, taken, noisy) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_noise_auc_at_its_limits():
+    ones, noisy = np.ones(4, int), np.array([True, True, False, False])
+    assert report.noise_auc(ones, np.array([0, 0, 1, 1]), noisy) == 1.0
+    assert report.noise_auc(ones, np.array([1, 1, 0, 0]), noisy) == 0.0
+    assert report.noise_auc(ones, ones, noisy) == 0.5
+    assert report.noise_auc(ones, ones, ~noisy & noisy) is None
+    assert report.noise_auc(ones, ones, noisy | ~noisy) is None
+    assert report.noise_auc(np.array([0, 0, 1, 1]), ones, noisy) is None  # no noisy one was offered
+
+
+# --------------------------------------------------------------------------------- the screen
+
+def test_sentences_say_speedups_slow_downs_and_failures():
+    shares = {"pool_noisy": 0.36, "pool_hopeless": 0.0, "pool_duplicate": 0.1}
+    rows = [row("uniform", 0, 100, 0.8124, flops={"learner": 1.2e12})]
+    rows += [row("clever", 0, 50, 0.82, scored=1234567, seconds=125.0, setup_seconds=4.0, **shares,
+                 flops={"learner": 6e11, "selection": 9e11}, noise_auc=0.931,
+                 picked_noisy=0.114, picked_hopeless=0.0, picked_duplicate=0.02)]
+    rows += [row("slow", s, 100, a) for s, a in enumerate([0.1, 0.9, 0.2])]
+    s = summarise(rows, [*ARMS, "slow"])
+    text = report.sentences(s)
+    assert ("clever reaches uniform's best (0.812) with 2x fewer updates; in FLOPs, 2x fewer for "
+            "the learner alone, 1.25x more when everything is charged; in seconds, 1.25x slower, "
+            "1.29x slower with the setup") in words(text)
+    assert "slow: uniform's best (0.812) is never reached by 2 of 3 seeds\n" in text
+    assert "clever picked 11 % noisy (pool 36 %), 2 % duplicate (pool 10 %)\n" in text
+    assert "finds the noisy ones with an area under the ROC curve of 0.93" in words(text)
+    assert text.count("favours the baseline") == 1
+    never = report.sentences(summarise([r for r in rows if r["arm"] != "clever"],
+                                       ["uniform", "slow"]))
+    assert "favours the baseline" not in never  # where nothing gets there
+    assert max(map(len, text.splitlines())) <= 98
+    table = report.table(s)
+    assert "0.812 +- 0.000 (1)" in table and "1,234,567" in table and " 1.5 " in table
+    assert len({len(line) for line in table.splitlines()}) == 1 and (text + table).isascii()
+
+
+@pytest.mark.parametrize("ratio, says", [
+    (2, "2x fewer"), (0.5, "2x more"), (1.0004, "as many"), (0.9999, "as many"),
+    (1.03, "1.03x fewer"), (0.95, "1.05x more"), (None, "n/a"), (0.0, "n/a")])
+def test_a_ratio_in_words(ratio, says):
+    assert report.times(ratio) == says
+
+
+def test_each_level_that_changes_the_ratio_is_said():
+    bill = {"learner": 300, "actor_scoring": 300, "reference_scoring": 600,
+            "reference_training": 1200}
+    rows = [row("uniform", 0, 100, 0.5, flops={"learner": 1200}),
+            row("clever", 0, 100, 0.5, flops=bill)]
+    text = words(report.sentences(summarise(rows)))
+    assert ("with as many updates; in FLOPs, 4x fewer for the learner alone, 2x fewer when its own "
+            "scoring is charged, as many when the reference's scoring is charged too, 2x more when "
+            "everything is charged; in seconds, as fast") in text
+
+
+def test_an_arm_that_starts_above_the_target():
     rows = [row("uniform", 0, 0, 0.1, scored=0), row("uniform", 0, 10, 0.2, scored=0)]
     rows += [row("clever", 0, 0, 0.3, scored=0)]
     up = summarise(rows)["speedup"]["clever"]
     assert up["reached"] == 1 and up["iterations"] is None  # 10 / 0
-    assert "iterations n/a" in report.table(summarise(rows))
+    assert "with n/a updates" in report.sentences(summarise(rows))
 
 
-# ------------------------------------------------------------------------------------- screen
-
-def test_table_says_speedups_slow_downs_and_failures():
-    noisy = {"pool_noisy": 0.36, "pool_duplicate": 0.1}
-    rows = [row("uniform", 0, 100, 0.8124, flops={"learner": 1.2e12})]
-    rows += [row("clever", 0, 50, 0.82, scored=1234567, seconds=125.0, setup_seconds=4.0, **noisy,
-                 flops={"learner": 6e11, "selection": 9e11},
-                 picked_noisy=0.114, picked_duplicate=0.02)]
-    rows += [row("slow", s, 100, a) for s, a in enumerate([0.1, 0.9, 0.2])]
-    text = report.table(summarise(rows, [*ARMS, "slow"]))
-    flat = " ".join(text.split())
-    assert "clever reaches uniform's best 0.812; speed-up in iterations 2x" in flat
-    assert "seconds 0.8x: slower, seconds with setup 0.775x: slower" in flat
-    assert "FLOPs 2x / 0.8x: slower / 0.8x: slower / 0.8x: slower (fully_amortised / found" in flat
-    assert "slow: uniform's best 0.812 never reached by 2 of 3 seeds" in text
-    assert "clever picked 11 % noisy (pool 36 %), 2 % duplicate (pool 10 %)\n" in text
-    assert text.count("schedule has not decayed") == 1
-    never = report.table(summarise([r for r in rows if r["arm"] != "clever"], ["uniform", "slow"]))
-    assert "schedule has not decayed" not in never  # where nothing crosses
-    assert "0.812 +- 0.000 (1)" in text and "1,234,567" in text and "1.5 T" in text
-    head, rule, *body = text.splitlines()[:5]
-    assert {len(line) for line in body} == {len(head)} == {len(rule)}
-    assert text.isascii() and max(map(len, text.splitlines())) <= 98
-
-
-@pytest.mark.parametrize("x, text", [(0, "0"), (999, "999"), (999.9, "1 k"), (1234, "1.23 k"),
-                                     (99_990_000, "100 M"), (1.5e12, "1.5 T"), (2e25, "2e+04 Z")])
-def test_si_prefixes(x, text):
-    assert report._si(x) == text
-
-
-# ----------------------------------------------------------------------------------- pictures
-
-def pictured_rows():
-    return [row(arm, seed, step, min(0.9, 0.1 + speed * step / 100 + 0.01 * seed),
-                scored=0 if arm == "uniform" else 40 * step, pool_noisy=0.3,
-                **({} if arm == "uniform" else {"picked_noisy": 0.3 - step / 1000}))
-            for arm, speed in (("uniform", 0.4), ("clever", 0.8))
-            for seed in (0, 1) for step in (0, 50, 100)]
-
-
-def test_curves_draws_every_arm_and_the_crossings(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-    lines, plot = [], Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda *a, **k: lines.append((a[1:], k)) or plot(*a, **k))
-    rows = pictured_rows()
-    report.curves(rows, summarise(rows), tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "curves.png").stat().st_size > 20_000
-    drawn = [k["label"] for _, k in lines if "label" in k]
-    assert drawn.count("clever") == 4 and drawn.count("uniform") == 3  # it scores no examples
-    dots = [[*a[0], *a[1]] for a, _ in lines if a[2:] == ("o",)]
-    # Uniform ends at a mean of 0.505, step 100; clever's mean at step 50 is the same.
-    assert dots[0] == pytest.approx([100, 0.505]) and dots[-1] == pytest.approx([50, 0.505])
-
-
-def test_curves_of_one_unfinished_baseline(tmp_path):
-    rows = curve("uniform", 0, [0.5, None])
-    report.curves(rows, summarise(rows), tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").exists()
-
-
-def test_selection_curves_show_the_picks_against_the_pool():
-    from matplotlib.figure import Figure
-    ax = Figure().subplots()
-    report.selection_curves(ax, pictured_rows())
-    picked, pool = ax.get_lines()
-    np.testing.assert_allclose(picked.get_xydata(), [[0, 0.3], [50, 0.25], [100, 0.2]])
-    assert picked.get_color() == report.COLOURS[0]  # the second arm's, as in curves.png
-    np.testing.assert_allclose(pool.get_ydata(), 0.3)
-    assert pool.get_linestyle() == "--"
-
-
-def test_importing_does_not_load_matplotlib():
-    code = "import sys, common.report; sys.exit('matplotlib' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
-
-
-def test_bill_and_finals_are_relative_to_the_first_arm():
-    rows = [row("uniform", s, 10, a, flops={"base": 4e9}, nmi=None)
+def test_details_are_relative_to_the_first_arm():
+    cells = lambda rows, metrics=(): [line.split() for line in report.details(
+        summarise(rows), metrics).splitlines()[2:]]
+    rows = [row("uniform", s, 10, a, flops={"base": 4e12}, nmi=None)
             for s, a in ((0, 0.2), (1, 0.4))]
-    rows += [row("clever", 0, 10, 0.5, flops={"base": 2e9, "experts": 4e9}, nmi=0.25)]
-    flat = lambda text: [line.split() for line in text.splitlines()]
-    assert flat(report.bill(summarise(rows)))[2:] == [
-        ["base", "4", "G", "2", "G"], ["experts", "0", "4", "G"],
-        ["all", "/", "baseline", "1.000", "1.500"]]
-    learner = [row("uniform", 0, 10, 0.2, flops={"learner": 4e9}),
-               row("clever", 0, 10, 0.5, flops={"learner": 2e9, "selection": 8e9})]
-    assert flat(report.bill(summarise(learner)))[4:6] == [
-        ["fully_amortised", "/", "baseline", "1.000", "0.500"],
-        ["foundation_dataset", "/", "baseline", "1.000", "2.500"]]
-    assert flat(report.finals(summarise(rows), ("accuracy", "nmi", "tail")))[1:] == [
-        ["uniform", "0.300", "-", "-"], ["clever", "0.500", "0.250", "-"]]
+    rows += [row("clever", 0, 10, 0.5, flops={"base": 2e12, "experts": 4e12}, nmi=0.25)]
+    assert cells(rows, ("accuracy", "nmi", "tail")) == [
+        ["accuracy", "0.300", "0.500"], ["nmi", "-", "0.250"],
+        ["TFLOP:", "base", "4", "2"], ["TFLOP:", "experts", "0", "4"],
+        ["no_amortisation", "/", "baseline", "1.000", "1.500"]]
+    rows = [row("uniform", 0, 10, 0.2, flops={"learner": 4e12}),
+            row("clever", 0, 10, 0.5, flops={"learner": 2e12, "selection": 8e12})]
+    assert cells(rows)[2:] == [["fully_amortised", "/", "baseline", "1.000", "0.500"],
+                               ["no_amortisation", "/", "baseline", "1.000", "2.500"]]
 
 
-def test_a_recall_is_printed_with_its_chance_level():
-    rows = [row("uniform", 0, 10, 0.5, **{"recall@10": 1.0, "chance@10": 0.625, "chance@1": 0.125})]
-    summary = report.summarise(rows, script="jest", dataset="toy", metric="recall@10",
-                               arms=["uniform"])
-    assert "a random ranking has a recall@10 of 0.625" in report.table(summary).splitlines()
-    assert "random" not in report.table(summarise(rows))
+# --------------------------------------------------------------------------------- the report
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures by name of their file. They are not drawn: that takes a second each."""
+    figures = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.update(
+        {path.name: figure}))
+    return figures
 
 
-def test_seeds_of_another_command_enter_no_mean_and_are_named(tmp_path, caplog, capsys):
+def test_seeds_of_another_command_enter_no_mean_and_are_named(tmp_path, caplog, capsys, drawn):
     rows = [*curve("uniform", 0, [0.25, 0.5]), *curve("uniform", 3, [0.125])]
     with caplog.at_level("WARNING", "absl"):
-        report.conclude(rows, tmp_path, seeds=[0], script="jest", dataset="toy", metric="accuracy",
-                        arms=["uniform"])
+        report.conclude(workdir_of(tmp_path, rows, ["uniform"]))
     assert "0.500 +- 0.000 (1)" in capsys.readouterr().out
     assert "seeds 3, which are not in --seeds=0" in caplog.text
     final = json.loads((tmp_path / "summary.json").read_text())["arms"]["uniform"]["final"]
     assert final["accuracy"] == {"mean": 0.5, "sd": 0.0, "n": 1}
 
 
-@pytest.mark.parametrize("caption", ["$$$ SALE $$$", "$x_$ \\frac{", "a" * 500, "\x07 bell", "\u05d0\u05d1"])
-def test_captions_are_drawn_as_they_are(tmp_path, caption, recwarn):
+def test_the_command_reports_again_what_the_script_reported(tmp_path, capsys):
+    rows = [{**r, "recall@10": r["accuracy"], "chance@10": 0.01, "loss": 1.0}
+            for arm, best in zip(ARMS, (0.5, 0.6)) for r in curve(arm, 0, [0.2, best])]
+    for r in rows:
+        del r["accuracy"]
+    report.conclude(workdir_of(tmp_path, rows, dataset="data/emoji/1.0.0/"))
+    said, summary = capsys.readouterr().out, (tmp_path / "summary.json").read_text()
+    assert (json.loads(summary)["dataset"], json.loads(summary)["script"]) == ("emoji", "jest")
+    assert "clever reaches uniform's best (0.500)" in said
+    assert ["chance@10", "0.010", "0.010"] in [line.split() for line in said.splitlines()]
+    for name in ("summary.json", "curves.png"):
+        (tmp_path / name).unlink()
+    again = lambda: subprocess.run([sys.executable, "-m", "common.report", tmp_path], text=True,
+                                   capture_output=True, cwd=Path(__file__).parents[1])
+    assert again().stdout == said and (tmp_path / "summary.json").read_text() == summary
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "metrics.jsonl").unlink()
+    done = again()
+    assert done.returncode == 1 and "has no rows of uniform-0, clever-0" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def lines_of(ax):
+    return {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
+
+
+def test_dnc_is_judged_by_its_probe_and_its_curves_begin_with_the_base(tmp_path, drawn, capsys):
+    def rows_of(arm, knns, flops, first=10, **at_end):
+        rows = [{**row(arm, 0, first + 10 * i, None, flops=flops), "knn": k}
+                for i, k in enumerate(knns)]
+        rows[-1] |= at_end
+        return [{k: v for k, v in r.items() if k != "accuracy"} for r in rows]
+    rows = rows_of("moclr", [0.3, 0.4, 0.5], {"base": 1}, linear_probe=0.6)
+    rows += rows_of("base", [0.3, 0.4], {"base": 1}, first=5)
+    rows += rows_of("dnc_expert0", [0.9], {"base": 1, "experts": 1})
+    rows += rows_of("dnc", [0.7], {"base": 1, "distillation": 1}, 30, linear_probe=0.8, nmi=0.25)
+    report.conclude(workdir_of(tmp_path, rows, ["moclr", "dnc"], script="dnc.py"))
+    said = capsys.readouterr().out
+    assert "dnc reaches moclr's best (0.600)" in said and "expert" not in said
+    assert ["nmi", "-", "0.250"] in [line.split() for line in said.splitlines()]
+    steps = lines_of(drawn["curves.png"].axes[0])
+    assert steps["moclr"] == [[10, 0.3], [20, 0.4], [30, 0.5]]
+    assert steps["dnc"] == [[5, 0.3], [15, 0.4], [30, 0.7]]
+
+
+def pictured_rows(steps=(0, 50, 100)):
+    return [row(arm, seed, step, min(0.9, 0.1 + speed * step / 100 + 0.01 * seed), scored=40 * step,
+                pool_noisy=0.3, picked_noisy=0.3 if arm == "uniform" else 0.3 - step / 1000)
+            for arm, speed in (("uniform", 0.4), ("clever", 0.8)) for seed in (0, 1)
+            for step in steps]
+
+
+def pool_of(caption="a cat"):
     source = types.SimpleNamespace(describe=lambda i: caption)
-    pool = types.SimpleNamespace(
-        source=source, donor=lambda ids: ids, read=lambda ids: {
-            "image": np.zeros((len(ids), 8, 8, 3), np.uint8), "noisy": np.zeros(len(ids), bool)})
-    report.draw_picks([], np.arange(4), np.arange(4.0), np.array([1, 2]), pool=pool, arm="clever",
-                      path=tmp_path / "picks.png")
-    assert (tmp_path / "picks.png").exists()
+    return types.SimpleNamespace(source=source, donor=lambda ids: ids, read=lambda ids: {
+        "image": np.zeros((len(ids), 8, 8, 3), np.uint8), "noisy": np.asarray(ids) == 1})
+
+
+def picks_of(**more):
+    return {"arm": "clever", "ids": np.arange(4), "score_B": np.arange(4.0),
+            "pick_S": np.array([1, 2]), "pool": pool_of(**more)}
+
+
+def test_curves_show_every_arm_and_the_crossings(tmp_path, drawn):
+    report.conclude(workdir_of(tmp_path, pictured_rows(), seeds=(0, 1)))
+    steps, scored, spent, seconds = drawn["curves.png"].axes
+    for ax, scale in ((steps, 1), (scored, 40), (spent, 100), (seconds, 1)):
+        points = {arm: np.array(lines_of(ax)[arm]) for arm in ARMS}
+        np.testing.assert_allclose(points["uniform"], [[0, 0.105], [50 * scale, 0.305],
+                                                       [100 * scale, 0.505]])
+        # Uniform ends at a mean of 0.505. Clever's mean at step 50 is the same.
+        dots = [line.get_xydata()[0] for line in ax.get_lines() if line.get_marker() == "o"]
+        np.testing.assert_allclose(dots, [[100 * scale, 0.505], [50 * scale, 0.505]])
+
+
+def test_the_dot_of_a_flat_baseline_is_where_it_is_charged(tmp_path, drawn):
+    rows = curve("uniform", 0, [0.2, 0.49, 0.5]) + curve("uniform", 1, [0.2, 0.53, 0.54])
+    report.conclude(workdir_of(tmp_path, rows, ["uniform"], seeds=(0, 1)))
+    dot, = [line for line in drawn["curves.png"].axes[0].get_lines() if line.get_marker() == "o"]
+    np.testing.assert_allclose(dot.get_xydata(), [[20, 0.51]])
+
+
+@pytest.mark.parametrize("steps", [(0, 50, 100), (100,)])
+def test_picks_are_drawn_against_the_pool_with_marks_that_show_a_single_evaluation(
+        tmp_path, drawn, steps):
+    report.conclude(workdir_of(tmp_path, pictured_rows(steps), seeds=(0, 1)), picks=picks_of())
+    ax = drawn["picks.png"].axes[-1]
+    uniform, clever, pool = ax.get_lines()
+    np.testing.assert_allclose(clever.get_xydata(), [[s, 0.3 - s / 1000] for s in steps])
+    assert clever.get_marker() == uniform.get_marker() == "."
+    assert clever.get_color() == pictures.COLOURS[1]  # the second arm's, as in curves.png
+    np.testing.assert_allclose(pool.get_ydata(), 0.3)
+    takes = [a for a in drawn["picks.png"].axes if a.get_xlabel() == "a cat"]
+    assert [a.get_title() for a in takes] == ["+2.00", "+1.00", "+3.00", "+0.00"]
+    assert [a.xaxis.label.get_color() for a in takes] == ["black", pictures.WRONG, "black", "black"]
+
+
+def test_importing_report_does_not_load_matplotlib():
+    code = "import sys, common.report; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("caption", ["$$$ SALE $$$", "$x_$ \\frac{", "a" * 500, "\x07 bell \u05d0"])
+def test_captions_are_drawn_as_they_are(tmp_path, caption, caplog):
+    with caplog.at_level("WARNING", "absl"):
+        pictures.draw(pictures.picks, tmp_path / "picks.png", {}, {}, n_images=2,
+                      **picks_of(caption=caption))
+    assert (tmp_path / "picks.png").exists() and not [
+        r for r in caplog.records if "drawn" in r.getMessage()]
+
+
+def test_clusters_are_drawn_largest_first(tmp_path):
+    pool = pool_of()
+    pool.ids = np.arange(10, 19)
+    figure = pictures.clusters(pool, np.array([0, 1, 1, 3, 3, 3, 3, 1, 0]), 0.5, n_images=3)
+    rows = np.reshape(figure.axes, (4, 3))
+    assert [row[0].get_ylabel() for row in rows] == ["4", "3", "2", "0"]
+    assert [[len(ax.images) for ax in row] for row in rows] == [
+        [1, 1, 1], [1, 1, 1], [1, 1, 0], [0, 0, 0]]
 
 
 def test_a_picture_that_cannot_be_drawn_is_one_warning_after_the_tables(
@@ -353,9 +439,8 @@ def test_a_picture_that_cannot_be_drawn_is_one_warning_after_the_tables(
     def broken(*args):
         assert "uniform" in capsys.readouterr().out  # the table is there already
         raise RuntimeError("no font\nand many more lines")
-    monkeypatch.setattr(report, "curves", broken)
-    broken.__name__ = "curves"
+    monkeypatch.setattr(pictures, "curves", broken)
     with caplog.at_level("WARNING", "absl"):
-        report.conclude(curve("uniform", 0, [0.5]), tmp_path, seeds=[0], script="jest",
-                        dataset="toy", metric="accuracy", arms=["uniform"])
-    assert [r.getMessage() for r in caplog.records] == ["curves could not be drawn: no font"]
+        report.conclude(workdir_of(tmp_path, curve("uniform", 0, [0.5]), ["uniform"]))
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{tmp_path}/curves.png could not be drawn: no font"]
