@@ -999,36 +999,18 @@ def main():
         for arm in config.arms:
             cluster_N, nmi = experiment.run_arm(arm, steps_of[arm])
             if cluster_N is not None and (shown is None or arm == "dnc"):
-                shown = (pool, cluster_N, nmi)
+                shown = dict(pool=pool, cluster_N=cluster_N, nmi=nmi)
 
     if jax.process_index() == 0:
-        report_all(config, run.metrics.rows(), steps_of, shown)
+        report.conclude(config.workdir, clusters=shown)
+        print("", batches_seen(run.metrics.rows()), sep="\n")
         if source.image_shape[0] <= 32:  # on larger images this is a probe of a million inputs
-            got = probe.linear_metrics(*(pixels(p, b) for p in (pools[seed][0],
-                                                                shared["test_pool"])), n_classes)
-            print("\nlinear probe on pixels:", ", ".join(f"{k} {v:.3f}" for k, v in got.items()
-                                                         if v is not None))
-
-
-def report_all(config, rows, steps_of, shown):
-    """summary.json of the linear probe at the end; curves.png of the nearest neighbours on the way,
-    where an arm's curve begins with its base's; the tables."""
-    rows = report.of_this_command(rows, config.seeds)
-    shared = dict(script="dnc", arms=config.arms, dataset=config.dataset)
-    summary = report.summarise(rows, metric="linear_probe", **shared)
-    report.write_json(f"{config.workdir}/summary.json", summary)
-    curve = [{**r, "arm": arm} for arm in config.arms for r in rows
-             if r["arm"] == arm or (r["arm"] == "base" and steps_of[arm]["distil"])]
-    measures = ("linear_probe", "balanced_accuracy", "head", "middle", "tail", "knn", "nmi")
-    print(report.table(summary), report.finals(summary, measures), report.bill(summary),
-          batches_seen(rows), sep="\n\n", flush=True)
-    report.draw(report.curves, curve, report.summarise(curve, metric="knn", **shared),
-                f"{config.workdir}/curves.png")
-    if shown:
-        report.draw(report.draw_clusters, *shown, f"{config.workdir}/clusters.png")
-    if config.dataset == "toy":
-        print("\ntoy is too small, and its clusters follow the grounds, not the classes: a check "
-              "that all stages run,\nno evidence for DnC or against it")
+            got = probe.linear_metrics(pixels(pool, b), pixels(shared["test_pool"], b), n_classes)
+            print("linear probe on pixels:", ", ".join(f"{k} {v:.3f}" for k, v in got.items()
+                                                       if v is not None))
+        if config.dataset == "toy":
+            print("toy is too small, and its clusters follow the grounds, not the classes: a check "
+                  "that all stages run,\nno evidence for DnC or against it")
 
 
 def batches_seen(rows):

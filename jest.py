@@ -994,9 +994,8 @@ def main():
                              ids=data.batch_ids(pool.ids, seed, arm.steps, B))
 
     if jax.process_index() == 0:
-        report.conclude(run.metrics.rows(), config.workdir, picks=shown, script="jest",
-                        arms=config.arms, seeds=config.seeds, metric="recall@10",
-                        dataset=config.dataset)
+        picks.write(run.path("picks.csv"), counts)
+        report.conclude(config.workdir, picks=shown)
         for name in config.arms:
             if name != "uniform":
                 reused = arm_cost(arms[name].method, config, model, reference_model, reuse=True)

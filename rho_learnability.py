@@ -690,9 +690,8 @@ def main():
                              score_B=score_B, pick_S=pick_S)
 
     if jax.process_index() == 0:
-        report.conclude(run.metrics.rows(), config.workdir, picks=shown, arms=config.arms,
-                        seeds=config.seeds, script="rho_learnability",
-                        dataset=config.dataset, metric="recall@10" if text else "accuracy")
+        picks.write(run.path("picks.csv"), counts)
+        report.conclude(config.workdir, picks=shown)
 
 
 if __name__ == "__main__":

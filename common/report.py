@@ -15,8 +15,6 @@ More of the metric must be better. A ratio below 1 means that the arm spent more
 prints the tables of a finished run again and writes its summary.json and curves.png again.
 """
 
-import csv
-import io
 import json
 import math
 import re
@@ -154,39 +152,6 @@ def finished(rows, metric, arms, seeds, path):
         raise ValueError(f"{path} has no rows of {', '.join(missing)}: finish the run or, if the "
                          f"rows are lost, delete {Path(path).parent}/checkpoints and run it again")
     return [r for r in rows if r["seed"] in seeds]
-
-
-# ------------------------------------------------------------------------------ what was taken
-
-def write_picks(path, records):
-    """picks.csv: how often each example of the pool was offered to an arm, and how often taken.
-
-    records: (arm, seed, ids [n], offered [n], taken [n], noisy [n] or None, text [n]) of each arm
-    and seed. text: an example's caption, or the name of its class.
-    """
-    lines = io.StringIO()
-    writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(("arm", "seed", "id", "offered", "taken", "text"))
-    for arm, seed, ids, offered, taken, _, text in records:
-        writer.writerows((arm, seed, *example) for example in zip(ids, offered, taken, text))
-    files.replace(path, lines.getvalue().encode())
-
-
-def noise_auc(offered, taken, noisy):
-    """How well "seldom taken when offered" finds noisy examples: the area under the ROC curve.
-
-    It is the probability that a noisy example was taken less often, per offer, than a clean one. A
-    tie counts half. Arrays [n]; examples that were never offered are left out. Returns None if no
-    noisy or no clean example is left.
-    """
-    seen = offered > 0
-    rate, noisy = taken[seen] / offered[seen], noisy[seen].astype(bool)
-    if noisy.all() or not noisy.any():
-        return None
-    clean = np.sort(rate[~noisy])
-    fewer = np.searchsorted(clean, rate[noisy], "left")  # how many clean ones were taken less often
-    no_more = np.searchsorted(clean, rate[noisy], "right")  # less often, or as often
-    return float(1 - (fewer + no_more).mean() / 2 / len(clean))
 
 
 # --------------------------------------------------------------------------------- the screen

@@ -177,50 +177,6 @@ def test_rows_that_are_missing_are_named_with_the_file_and_the_mend(tmp_path):
 
 # ------------------------------------------------------------------------------ what was taken
 
-def test_picks_csv_is_a_row_an_example(tmp_path):
-    text = ['a "red", round\nthing', "\u05d0"]
-    ids, offered, taken = np.array([7, 9]), np.array([3, 4]), np.array([0, 2])
-    report.write_picks(tmp_path / "picks.csv", [
-        ("clever", seed, ids, offered, taken + seed, None, text) for seed in (0, 1)])
-    assert (tmp_path / "picks.csv").read_bytes().decode() == (
-        'arm,seed,id,offered,taken,text\n'
-        'clever,0,7,3,0,"a ""red"", round\nthing"\nclever,0,9,4,2,\u05d0\n'
-        'clever,1,7,3,1,"a ""red"", round\nthing"\nclever,1,9,4,3,\u05d0\n')
-
-
-def random_picks(rng, n=300):
-    offered = rng.integers(0, 6, n)
-    noisy = rng.random(n) < 0.3
-    return offered, rng.binomial(offered, np.where(noisy, 0.2, 0.5)), noisy
-
-
-def test_noise_auc_counts_the_pairs_that_are_in_order():
-    offered, taken, noisy = random_picks(np.random.default_rng(0), n=80)
-    score = [-t / o if o else None for t, o in zip(taken, offered)]
-    pairs = [(score[i], score[j]) for i in range(80) for j in range(80)
-             if noisy[i] and not noisy[j] and offered[i] and offered[j]]
-    wins = sum(a > b for a, b in pairs) + sum(a == b for a, b in pairs) / 2
-    assert report.noise_auc(offered, taken, noisy) == pytest.approx(wins / len(pairs), abs=1e-12)
-    assert any(a == b for a, b in pairs) and 0.6 < wins / len(pairs) < 0.95
-
-
-def test_noise_auc_is_scikit_learns():
-    metrics = pytest.importorskip("sklearn.metrics")
-    for seed in range(20):
-        offered, taken, noisy = random_picks(np.random.default_rng(seed))
-        seen = offered > 0
-        theirs = metrics.roc_auc_score(noisy[seen], -taken[seen] / offered[seen])
-        assert report.noise_auc(offered, taken, noisy) == pytest.approx(theirs, abs=1e-12)
-
-
-def test_noise_auc_at_its_limits():
-    ones, noisy = np.ones(4, int), np.array([True, True, False, False])
-    assert report.noise_auc(ones, np.array([0, 0, 1, 1]), noisy) == 1.0
-    assert report.noise_auc(ones, np.array([1, 1, 0, 0]), noisy) == 0.0
-    assert report.noise_auc(ones, ones, noisy) == 0.5
-    assert report.noise_auc(ones, ones, ~noisy & noisy) is None
-    assert report.noise_auc(ones, ones, noisy | ~noisy) is None
-    assert report.noise_auc(np.array([0, 0, 1, 1]), ones, noisy) is None  # no noisy one was offered
 
 
 # --------------------------------------------------------------------------------- the screen
