@@ -257,6 +257,10 @@ def test_a_ratio_in_words(ratio, says):
     assert report.times(ratio) == says
 
 
+def test_of_successive_levels_with_the_same_value_the_last_is_said():
+    assert report.distinct({"a": 1, "b": 1, "c": 2, "d": 1}) == [("b", 1), ("c", 2), ("d", 1)]
+
+
 def test_each_level_that_changes_the_ratio_is_said():
     bill = {"learner": 300, "actor_scoring": 300, "reference_scoring": 600,
             "reference_training": 1200}
@@ -415,6 +419,7 @@ def test_importing_report_does_not_load_matplotlib():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # the font lacks some
 @pytest.mark.parametrize("caption", ["$$$ SALE $$$", "$x_$ \\frac{", "a" * 500, "\x07 bell \u05d0"])
 def test_captions_are_drawn_as_they_are(tmp_path, caption, caplog):
     with caplog.at_level("WARNING", "absl"):
