@@ -66,8 +66,8 @@ PRESETS = {
 
 def define_flags():
     f = flags.Group("Method")
-    f.names("arms", ["moclr", "dnc", "dnc_random", "self_distil"], f"of {', '.join(ARMS)}; the first "
-            "is the baseline")
+    f.names("arms", ["moclr", "dnc", "dnc_random", "self_distil"], f"of {', '.join(ARMS)}; the "
+            "first is the baseline")
     f.number("base_fraction", 1 / 3, "(0, 1)", "part of the visits that is the base's")
     f.number("experts_fraction", 1 / 2, "(0, 1)", "part of the visits that all experts share, each "
              "by the size of its cluster")
@@ -83,8 +83,8 @@ def define_flags():
     f.number("temperature", 0.1, "(0, inf)", "tau of the contrastive loss")
     f.switch("same_view_negatives", True, "the other images' targets of an image's own view are "
              "negatives too (SimCLR; MoCo v3 has none)")
-    f.number("m0", 0.97, "[0, 1]", "decay of the momentum encoder at the start; 1 at the end (BYOL: "
-             ".97 for 40 epochs, .99 for 100 and 300, .996 for 1000)")
+    f.number("m0", 0.97, "[0, 1]", "decay of the momentum encoder at the start; 1 at the end "
+             "(BYOL: .97 for 40 epochs, .99 for 100 and 300, .996 for 1000)")
 
     f = flags.Group("Augmentation (up to 64 px: no blur and weaker colours, SimCLR's for CIFAR)")
     f.number("crop_area", 0.3, "(0, 1]", "least area of a crop (BYOL: 0.08)")
@@ -94,8 +94,8 @@ def define_flags():
     f.names("solarise", ["0", "0"], "probability of solarisation, in each view (BYOL: 0.0,0.2)")
 
     f = flags.Group("Models")
-    f.text("model", "8/16", "ResNet: 18, 50, or 'depth/width' with depth 18, 50 or 6n + 2; up to 64 "
-           "px with a stem for small images")
+    f.text("model", "8/16", "ResNet: 18, 50, or 'depth/width' with depth 18, 50 or 6n + 2; up to "
+           "64 px with a stem for small images")
     f.integer("hidden", 128, "[1, inf)", "hidden width of the projector (BYOL: 4096)")
     f.integer("embed", 64, "[1, inf)", "width E of the projection (BYOL: 256)")
     f.integer("head_hidden", 128, "[1, inf)", "hidden width of the student's regression heads")
@@ -677,8 +677,8 @@ def clustering_flops(model, config, N):
 
 def declared_flops(arm, steps, model, config, N):
     """{role: FLOPs} of a whole arm, whose stages have these `steps`, on a pool of N images.
-    dnc_random pays for the clusters too, because it uses their sizes. dnc_oracle gets its groups for
-    nothing."""
+    dnc_random pays for the clusters too, because it uses their sizes. dnc_oracle gets its groups
+    for nothing."""
     b, K = config.batch_size, config.clusters if arm in DIVIDES else 0
     return {"base": steps["base"] * step_flops("base", b, model),
             "clustering": clustering_flops(model, config, N) * (arm in ("dnc", "dnc_random")),
@@ -785,8 +785,11 @@ class Experiment:
 
     def contrast(self, name, n_steps, batches, *, start_from=None, spent=None, fold=None,
                  role="base"):
-        """Trains MoCLR: (state, `train.Totals`). batches(**how) yields those of `data.batches`. fold:
-        a number that gives an expert keys of its own."""
+        """Trains MoCLR: (state, `train.Totals`).
+
+        batches(**how) yields those of `data.batches`. fold: a number that gives an expert random
+        keys of its own.
+        """
         config, (key_init, key_steps, _) = self.config, self.keys()
         if fold is not None:
             key_init, key_steps = (jax.random.fold_in(key, fold) for key in (key_init, key_steps))
@@ -797,8 +800,8 @@ class Experiment:
                 yield devices.shard({k: batch[k] for k in ("image", "label")})
 
         state = new_state(key_init, self.model, lars(config.weight_decay), n_steps, start_from)
-        return self._train(name, n_steps, spent, state, self.steps["contrast"], key_steps, load, role,
-                           evaluates=role == "base")
+        return self._train(name, n_steps, spent, state, self.steps["contrast"], key_steps, load,
+                           role, evaluates=role == "base")
 
     def expert(self, name, n_steps, j, cluster_N, base, spent):
         """Trains expert j, on cluster j alone: (state, `train.Totals`).
@@ -859,8 +862,8 @@ class Experiment:
         state = new_student(key_init, self.model, lars(config.weight_decay), n_steps,
                             encoder_of(base), [encoder_of(expert) for expert in experts],
                             config.student_init == "base")
-        return self._train(arm, n_steps, spent, state, self.steps["distil", len(experts)], key_steps,
-                           load, "distillation", nmi=nmi)
+        return self._train(arm, n_steps, spent, state, self.steps["distil", len(experts)],
+                           key_steps, load, "distillation", nmi=nmi)
 
     def _train(self, name, n_steps, spent, state, step, key, load, role, evaluates=True, nmi=None):
         """(state, `train.Totals`) at the end of a stage."""
@@ -959,8 +962,8 @@ def check_data(config, source, N):
     flags.require(config, config.clusters <= N, "clusters", f"at most one per example, {N}")
     n_classes = len(source.class_names)
     if config.clusters > n_classes and "dnc_oracle" in config.arms:
-        raise ValueError(f"--clusters={config.clusters}: dnc_oracle has only {n_classes} classes to "
-                         "group")
+        raise ValueError(f"--clusters={config.clusters}: dnc_oracle has only {n_classes} classes "
+                         "to group")
 
 
 def training_pool(source, label_N, seed, class_cap=0):

@@ -77,8 +77,8 @@ def define_flags():
     f.text("reference", "curated", "'curated': trained first, on the curated part or on "
            "--reference_dataset; or the checkpoint directory of such a stage ('{seed}' is filled "
            "in)")
-    f.choice("reference_scores", "cached", ["cached", "computed"], "embed the pool once, by example "
-             "id, or each super-batch as it comes")
+    f.choice("reference_scores", "cached", ["cached", "computed"], "embed the pool once, by "
+             "example id, or each super-batch as it comes")
     f.integer("low_patch", 16, "[1, inf)", "patch at which flexi_jest scores, and trains a half "
               "(paper: 32)")
     f.switch("cotrain", True, "flexi_jest trains half of the sub-batch at --low_patch")
@@ -105,8 +105,8 @@ def define_flags():
     f.integer("reference_steps", 600, "[0, inf)", "updates of the reference; 0: as many as --steps")
     f.integer("batch_size", 64, "[1, inf)", "b: pairs per update")
     f.number("learning_rate", 1e-3, "(0, inf)", "peak, of Adam; linear warm-up, cosine to 0")
-    f.number("active_learning_rate", 0.0, "[0, inf)", "peak in every arm but uniform, whose best is "
-             "lower where most captions are wrong; 0: --learning_rate")
+    f.number("active_learning_rate", 0.0, "[0, inf)", "peak in every arm but uniform, whose best "
+             "is lower where most captions are wrong; 0: --learning_rate")
     f.number("reference_learning_rate", 2e-3, "(0, inf)", "peak, of the reference")
     f.number("weight_decay", 1e-4, "[0, inf)", "part of the weights of linear maps that a step at "
              "the peak takes off; it follows the schedule, not times the learning rate")
@@ -231,10 +231,10 @@ def jointly_sample_dense(key, score_BB, n_select, n_chunks=16, *, score_gain=100
     """Algorithm 1 on the whole matrix S, written to be read. `jointly_sample` makes the same picks
     without the matrix and is tested against this.
 
-    The first chunk is drawn by the self-scores S[i,i], as section 3.2 defines it. (Read as code, the
-    print would draw it uniformly.) A chunk is drawn from one set of logits, so that its members do
-    not see each other. The logits
-    are sums, as printed: dividing them by the size of T would change the temperature as T grows.
+    The first chunk is drawn by the self-scores S[i,i], as section 3.2 defines it. (Read as code,
+    the print would draw it uniformly.) A chunk is drawn from one set of logits, so that its members
+    do not see each other. The logits are sums, as printed: dividing them by the size of T would
+    change the temperature as T grows.
 
     Args:
       score_BB: `score_matrix`.
@@ -859,8 +859,8 @@ def iteration_cost(name, cost, cost_if_reused, uniform_cost):
     are left out, as in the paper. The costs: `step_flops`."""
     total = lambda bill: flops.total_flops(bill, "foundation_dataset")
     once, reused = (100 * total(c) / total(uniform_cost) for c in (cost, cost_if_reused))
-    return (f"an iteration of {name} costs {once:.0f} % of uniform's; {reused:.0f} % if the forward "
-            f"of what is picked were reused; the sampler is "
+    return (f"an iteration of {name} costs {once:.0f} % of uniform's; {reused:.0f} % if the "
+            f"forward of what is picked were reused; the sampler is "
             f"{100 * cost['selection'] / total(cost):.1f} % of it")
 
 

@@ -74,30 +74,30 @@ def define_flags():
     f = flags.Group("Method")
     f.names("arms", ["uniform", "learnability"], f"of {', '.join(ARMS)}; the first is the baseline")
     f.number("ratio", 4.0, "[1, inf)", "B/b: super-batch over sub-batch (paper: 2 throughout)")
-    f.number("score_gain", 2.0, "(0, inf)", "examples are drawn by softmax(score_gain * score): 1 / "
-             "temperature (the paper prints none). Scores of image_text differ by 2 or less, so "
+    f.number("score_gain", 2.0, "(0, inf)", "examples are drawn by softmax(score_gain * score): 1 "
+             "/ temperature (the paper prints none). Scores of image_text differ by 2 or less, so "
              "that a gain of 1 hardly selects there. For the limit of large gains: --sampling=topk")
     f.choice("sampling", "gumbel", ["gumbel", "replacement", "topk"], "'gumbel': without "
              "replacement; 'replacement': with it; 'topk': the b highest scores (rho_loss: always)")
     f.choice("score_view", "clean", ["clean", "train"], "score the plain image, or the augmented "
              "one that will be trained on")
     f.integer("staleness", 0, "[0, inf)", "score with the proxy's weights from this many steps ago")
-    f.text("reference", "held_out", "'in_domain' (ClassAct): the reference is trained first, on the "
-           "pool; 'held_out' (ClassAct-HO): on a part of it that the arms that select leave out; "
-           "'online' (ClassAct-Online): beside the learner, on the whole super-batch as it is "
+    f.text("reference", "held_out", "'in_domain' (ClassAct): the reference is trained first, on "
+           "the pool; 'held_out' (ClassAct-HO): on a part of it that the arms that select leave "
+           "out; 'online' (ClassAct-Online): beside the learner, on the whole super-batch as it is "
            "scored; or the checkpoint directory of such a stage ('{seed}' is filled in)")
-    f.choice("reference_scores", "cached", ["cached", "computed"], "score the pool once, by example "
-             "id, or compute the reference's scores anew in each step")
+    f.choice("reference_scores", "cached", ["cached", "computed"], "score the pool once, by "
+             "example id, or compute the reference's scores anew in each step")
     f.integer("reference_steps", 800, "[0, inf)", "updates of the reference; 0: as many as --steps")
-    f.number("reference_noise", 0.0, "[-1, 1]", "label or caption noise of the reference's training "
-             "set; -1: the pool's")
+    f.number("reference_noise", 0.0, "[-1, 1]", "label or caption noise of the reference's "
+             "training set; -1: the pool's")
     f.number("held_out_fraction", 0.25, "(0, 1)", "part of the pool that is the held-out "
              "reference's")
     f.choice("actor_init", "random", ["random", "reference"], "first weights of the proxy")
 
     f = flags.Group("Models")
-    f.choice("task", "classification", ["classification", "image_text"], "ClassAct, or ActiveCLIP / "
-             "ActiveSigLIP")
+    f.choice("task", "classification", ["classification", "image_text"], "ClassAct, or ActiveCLIP "
+             "/ ActiveSigLIP")
     f.choice("contrastive_loss", "sigmoid", ["sigmoid", "softmax"], "loss of image_text")
     f.text("learner", "64/2/256/4", f"size: {', '.join(vit.SIZES)}, or width/depth/mlp/heads")
     f.text("proxy", "mu", "size of the online proxy and of the reference")
@@ -111,8 +111,8 @@ def define_flags():
 
     f = flags.Group("Optimisation")
     f.integer("steps", 400, "[1, inf)", "updates of the learner")
-    f.integer("active_steps", 0, "[0, inf)", "updates in every arm but uniform, whose schedule then "
-              "ends there; 0: as many as --steps")
+    f.integer("active_steps", 0, "[0, inf)", "updates in every arm but uniform, whose schedule "
+              "then ends there; 0: as many as --steps")
     f.integer("batch_size", 128, "[1, inf)", "b: examples per update")
     f.number("learning_rate", 2e-3, "(0, inf)", "peak, of AdamW; linear warm-up, cosine to 0")
     f.number("proxy_learning_rate", 4e-3, "[0, inf)", "peak, of the online proxy")
@@ -579,8 +579,8 @@ def initial_state(arm, key, learner, proxy, optimisers, *, reference=None, param
 
 
 def load_batches(pool, seed, batch_size, steps, start, losses=None, selects=False):
-    """Yields sharded batches of steps start .. steps - 1, with the reference's cached losses. If the
-    step selects from a batch, no example may be in it twice."""
+    """Yields sharded batches of steps start .. steps - 1, with the reference's cached losses. If
+    the step selects from a batch, no example may be in it twice."""
     for batch in data.batches(pool, seed=seed, batch_size=batch_size, start=start, stop=steps,
                               host=devices.host(), wrap=not selects, flags="--ratio"):
         if losses is not None:

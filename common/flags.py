@@ -102,7 +102,8 @@ def define_shared(script, *, toy_noise, toy_examples, toy_tail=1.0, image_size=3
     f = Group("The run")
     f.names("seeds", ["0"], "comma list; each arm runs once per seed")
     f.text("preset", "", "a named setting; flags that are given override it; 'list' prints all")
-    f.text("workdir", f"runs/{script}", "everything is written here; the same command goes on there")
+    f.text("workdir", f"runs/{script}", "everything is written here; the same command goes "
+           "on there")
     f.integer("eval_every", eval_every, "[1, inf)", "steps between evaluations and checkpoints")
     f.text("coordinator", None, "several hosts: address:port of process 0")
     f.integer("num_processes", None, "[1, inf)", "several hosts: how many")

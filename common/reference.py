@@ -1,4 +1,4 @@
-"""A frozen model: its weights from a checkpoint, and what it says of a pool, computed once by id."""
+"""A frozen model: its weights from a checkpoint, and what it says of a pool, computed once."""
 
 import hashlib
 import json
@@ -30,9 +30,9 @@ def load(directory, template, about, flag="reference"):
         with ocp.StandardCheckpointer() as checkpointer:
             state = checkpointer.restore(f"{checkpoints.directory}/{step}/state")
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            books = checkpointer.restore(f"{checkpoints.directory}/{step}/books")
-        params, totals = state["learner"]["params"], train.Totals(**books["totals"])
-        if train.digest(state) != books["sha256"]:
+            record = checkpointer.restore(f"{checkpoints.directory}/{step}/record")
+        params, totals = state["learner"]["params"], train.Totals(**record["totals"])
+        if train.digest(state) != record["sha256"]:
             raise TypeError("its hash differs")
     except Exception as e:
         why = str(e) if type(e) is TypeError else type(e).__name__
@@ -44,9 +44,9 @@ def load(directory, template, about, flag="reference"):
             raise ValueError(f"{where}: of another size (params{k} is {theirs.get(k)}, here it is "
                              f"{ours.get(k)}): give the model flags it was trained with")
     for k, value in json.loads(json.dumps(files.plain(about))).items():
-        if books["about"].get(k) != value:
-            raise ValueError(f"{where}: was trained with another {k} ({books['about'].get(k)}, here "
-                             f"{value}): give the flags it was trained with")
+        if record["about"].get(k) != value:
+            raise ValueError(f"{where}: was trained with another {k} ({record['about'].get(k)}, "
+                             f"here {value}): give the flags it was trained with")
     return params, totals
 
 

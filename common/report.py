@@ -15,6 +15,9 @@ More of the metric must be better. A ratio below 1 means that the arm spent more
 prints the tables of a finished run again and writes its summary.json and curves.png again.
 """
 
+import csv
+import io
+import itertools
 import json
 import math
 import re
@@ -177,6 +180,12 @@ def times(ratio, better="fewer", worse="more", equal="as many"):
     return f"{ratio:.3g}x {better}" if ratio > 1 else f"{1 / ratio:.3g}x {worse}"
 
 
+def distinct(values):
+    """The items of {level: value}. Of successive levels with the same value only the last is kept,
+    which charges most. So where nothing can be amortised there is one item."""
+    return [([*levels][-1], value) for value, levels in itertools.groupby(values, values.get)]
+
+
 def table(summary):
     """The arms in rows: the metric at the end, and what was spent."""
     setup = any(a["setup_seconds"] for a in summary["arms"].values())
@@ -199,11 +208,9 @@ def details(summary, metrics):
              for k in metrics if any(k in a["final"] for a in arms)]
     lines += [[f"TFLOP: {role}", *(f"{a['flops'].get(role, 0) / 1e12:.3g}" for a in arms)]
               for role in dict.fromkeys(role for a in arms for role in a["flops"])]
-    levels = {}  # if nothing can be amortised, all have the same line, and the last one is kept
-    for level in flops.LEVELS:
-        total = [flops.total_flops(a["flops"], level) for a in arms]
-        levels[tuple(n / total[0] for n in total)] = level
-    lines += [[f"{level} / baseline", *map(decimals, ratio)] for ratio, level in levels.items()]
+    total = {level: [flops.total_flops(a["flops"], level) for a in arms] for level in flops.LEVELS}
+    ratios = {level: [decimals(n / ns[0]) for n in ns] for level, ns in total.items()}
+    lines += [[f"{level} / baseline", *ratio] for level, ratio in distinct(ratios)]
     return columns([["of a run", *summary["arms"]], *lines])
 
 
@@ -231,9 +238,8 @@ def speedup_sentence(arm, baseline, s):
     n, best = len(s["iterations_per_seed"]), f"{baseline}'s best ({decimals(s['target'])})"
     if s["reached"] < n:
         return f"{arm}: {best} is never reached by {n - s['reached']} of {n} seeds"
-    # Levels with the same ratio are one entry, with the words of the last, which charges most.
-    charged = {times(ratio): CHARGED[level] for level, ratio in s["flops"].items()}
-    charged = ", ".join(f"{ratio} {when}" for ratio, when in charged.items())
+    charged = distinct({level: times(ratio) for level, ratio in s["flops"].items()})
+    charged = ", ".join(f"{ratio} {CHARGED[level]}" for level, ratio in charged)
     speed = ("faster", "slower", "as fast")
     words = (f"{arm} reaches {best} with {times(s['iterations'])} updates; in FLOPs, {charged}; "
              f"in seconds, {times(s['seconds'], *speed)}")
@@ -273,7 +279,7 @@ def conclude(workdir, *, picks=None, clusters=None):
     files.write_json(workdir / "summary.json", summary)
 
     from common import pictures  # and with it matplotlib, which takes long to import
-    title = f"{script} on {dataset}, seeds {', '.join(map(str, seeds))}"
+    title = f"{script} on {dataset}: mean and sd over seeds {', '.join(map(str, seeds))}"
     tracks = {arm: track(with_base(rows, arm, curve_metric), curve_metric) for arm in arms}
     pictures.draw(pictures.curves, workdir / "curves.png", tracks, curve_metric, title)
     if picks:

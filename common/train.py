@@ -81,8 +81,8 @@ class Run:
         if script != os.path.basename(sys.argv[0]):
             raise ValueError(f"{where} belongs to a run of {script}: name another --workdir")
         if differ:
-            raise ValueError(f"{where} belongs to a run with other flags: {', '.join(differ)}; name "
-                             "another --workdir")
+            raise ValueError(f"{where} belongs to a run with other flags: {', '.join(differ)}; "
+                             "name another --workdir")
         changed = [k for k in self.data if data.get(k) != self.data[k]]
         if changed:
             raise ValueError(f"{where} belongs to a run on other data: the records of "
@@ -208,11 +208,11 @@ class Stage:
     def resume(self, state):
         """The state of the last checkpoint, if there is one, and otherwise `state`."""
         if self._saved.latest() is not None:
-            state, books = self._saved.restore(self._with_counts(state))
+            state, record = self._saved.restore(self._with_counts(state))
             if self.counts:
                 self.counts.arrays = state.pop("counts")
-            self.step, self.totals = self._saved.latest(), Totals(**books["totals"])
-            self._sums, self._n = books["sums"], books["n"]
+            self.step, self.totals = self._saved.latest(), Totals(**record["totals"])
+            self._sums, self._n = record["sums"], record["n"]
         if self.ends:
             self._saved.close()
         elif jax.process_index() == 0:
@@ -317,9 +317,9 @@ class Stage:
 class Checkpoints:
     """The last checkpoint of a stage, through orbax, in `directory`.
 
-    A tree of arrays and `books`, a dict of JSON values, are written together, in the background,
+    A tree of arrays and `record`, a dict of JSON values, are written together, in the background,
     under a temporary name that is renamed when all is on disk. A kill at any moment leaves this
-    checkpoint or the one before. The books hold a hash of the arrays.
+    checkpoint or the one before. The record holds a hash of the arrays.
     """
 
     def __init__(self, directory):
@@ -336,7 +336,7 @@ class Checkpoints:
         """The number of completed steps in the last checkpoint, or None."""
         return self._open().latest_step() if os.path.isdir(self.directory) else None
 
-    def save(self, step, state, books):
+    def save(self, step, state, record):
         """Call with the number of completed steps. A step that is already saved is left alone.
 
         Raises: FloatingPointError if a weight is not finite: the checkpoint before is kept.
@@ -350,29 +350,30 @@ class Checkpoints:
         try:
             self._open().save(step, args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                books=ocp.args.JsonSave({**files.plain(books), "sha256": digest(state)})))
+                record=ocp.args.JsonSave({**files.plain(record), "sha256": digest(state)})))
         except Exception as e:  # a full disk has many faces in orbax
             raise self._disk_error(e) from None
 
     def restore(self, template):
-        """(state, books) of the last checkpoint. template: a tree of the same shapes and types.
+        """(state, record) of the last checkpoint. template: a tree of the same shapes and types.
 
         Raises: ValueError, in one line, if it is damaged or of another shape.
         """
         template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
         try:
             got = self._open().restore(self.latest(), args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(template), books=ocp.args.JsonRestore()))
+                state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore()))
             shapes = [[x.shape for x in jax.tree.leaves(tree)] for tree in (got.state, template)]
             if shapes[0] != shapes[1]:  # orbax does not look
                 raise TypeError("other shapes")
-            if digest(got.state) != got.books["sha256"]:
+            if digest(got.state) != got.record["sha256"]:
                 raise TypeError("its hash differs")
         except Exception as e:  # orbax raises whatever its layers raise, with pages of text
             why = str(e) if type(e) is TypeError and len(str(e)) < 40 else type(e).__name__
-            raise ValueError(f"checkpoint {self.directory}/{self.latest()} is damaged or of another "
-                             f"model ({why}): delete {self.directory} to train it again") from None
-        return got.state, got.books
+            raise ValueError(f"checkpoint {self.directory}/{self.latest()} is damaged or of "
+                             f"another model ({why}): delete {self.directory} to train it again"
+                             ) from None
+        return got.state, got.record
 
     def close(self):
         """Waits for the save that is under way."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from common import data, devices, reference, train, vit
-from test_train import BOOKS, damage, flip_a_bit, same, trained
+from test_train import RECORD, damage, flip_a_bit, same, trained
 
 ABOUT = {"model": {"image": vit.architecture(vit.ViT("16/1/32/2", 16, 8, 3))}, "tokenizer": "abc"}
 
@@ -20,7 +20,7 @@ def step_three(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoints") / "arm-0"
     checkpoints = train.Checkpoints(path)
     totals = vars(train.Totals(step=3, seconds=0.1 + 0.2, flops={"learner": 10**19}))
-    checkpoints.save(3, trained(3), {**BOOKS, "totals": totals, "about": ABOUT})
+    checkpoints.save(3, trained(3), {**RECORD, "totals": totals, "about": ABOUT})
     checkpoints.close()
     return path
 

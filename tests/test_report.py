@@ -175,10 +175,6 @@ def test_rows_that_are_missing_are_named_with_the_file_and_the_mend(tmp_path):
         f"rows are lost, delete {tmp_path}/checkpoints and run it again")
 
 
-# ------------------------------------------------------------------------------ what was taken
-
-
-
 # --------------------------------------------------------------------------------- the screen
 
 def test_sentences_say_speedups_slow_downs_and_failures():
@@ -202,7 +198,7 @@ def test_sentences_say_speedups_slow_downs_and_failures():
     assert "favours the baseline" not in never  # where nothing gets there
     assert max(map(len, text.splitlines())) <= 98
     table = report.table(s)
-    assert "0.812 +- 0.000 (1)" in table and "1,234,567" in table and " 1.5 " in table
+    assert all(cell in table for cell in ("  setup\n", "0.812 +- 0.000 (1)", "1,234,567", " 1.5 "))
     assert len({len(line) for line in table.splitlines()}) == 1 and (text + table).isascii()
 
 
@@ -211,6 +207,10 @@ def test_sentences_say_speedups_slow_downs_and_failures():
     (1.03, "1.03x fewer"), (0.95, "1.05x more"), (None, "n/a"), (0.0, "n/a")])
 def test_a_ratio_in_words(ratio, says):
     assert report.times(ratio) == says
+
+
+def test_of_successive_levels_with_the_same_value_the_last_is_said():
+    assert report.distinct({"a": 1, "b": 1, "c": 2, "d": 1}) == [("b", 1), ("c", 2), ("d", 1)]
 
 
 def test_each_level_that_changes_the_ratio_is_said():
@@ -308,6 +308,7 @@ def test_dnc_is_judged_by_its_probe_and_its_curves_begin_with_the_base(tmp_path,
     report.conclude(workdir_of(tmp_path, rows, ["moclr", "dnc"], script="dnc.py"))
     said = capsys.readouterr().out
     assert "dnc reaches moclr's best (0.600)" in said and "expert" not in said
+    assert "setup" not in said  # there is none
     assert ["nmi", "-", "0.250"] in [line.split() for line in said.splitlines()]
     steps = lines_of(drawn["curves.png"].axes[0])
     assert steps["moclr"] == [[10, 0.3], [20, 0.4], [30, 0.5]]
@@ -371,6 +372,7 @@ def test_importing_report_does_not_load_matplotlib():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # the font lacks some
 @pytest.mark.parametrize("caption", ["$$$ SALE $$$", "$x_$ \\frac{", "a" * 500, "\x07 bell \u05d0"])
 def test_captions_are_drawn_as_they_are(tmp_path, caption, caplog):
     with caplog.at_level("WARNING", "absl"):

@@ -303,7 +303,7 @@ def trained(steps, width=3):
     return {"learner": jax.lax.fori_loop(0, steps, step, state), "step": jnp.int32(steps)}
 
 
-BOOKS = {"totals": {"seconds": 0.1 + 0.2, "flops": {"learner": 10**19}}, "sums": {"loss": 1 / 3},
+RECORD = {"totals": {"seconds": 0.1 + 0.2, "flops": {"learner": 10**19}}, "sums": {"loss": 1 / 3},
          "n": 2, "about": {"heads": 3}}
 
 
@@ -311,7 +311,7 @@ BOOKS = {"totals": {"seconds": 0.1 + 0.2, "flops": {"learner": 10**19}}, "sums":
 def step_three(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoints") / "arm-0"
     checkpoints = train.Checkpoints(path)
-    checkpoints.save(3, trained(3), BOOKS)
+    checkpoints.save(3, trained(3), RECORD)
     checkpoints.close()
     return path
 
@@ -322,30 +322,30 @@ def saved(step_three, tmp_path):
     return str(shutil.copytree(step_three, tmp_path / "arm-0"))
 
 
-def without_hash(books):
-    return {k: v for k, v in books.items() if k != "sha256"}
+def without_hash(record):
+    return {k: v for k, v in record.items() if k != "sha256"}
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(saved):
     again = train.Checkpoints(saved)
     assert again.latest() == 3
     for template in (trained(0), jax.eval_shape(trained, 0)):
-        state, books = again.restore(template)
+        state, record = again.restore(template)
         same(state, jax.device_get(trained(3)))
-        assert without_hash(books) == BOOKS
+        assert without_hash(record) == RECORD
     again.close()
 
 
 def test_only_the_last_checkpoint_is_kept_and_a_step_is_saved_once(saved):
     checkpoints = train.Checkpoints(saved)
     checkpoints.save(3, trained(1), {"n": 99})  # saved by an earlier process
-    checkpoints.save(5, trained(5), BOOKS)
+    checkpoints.save(5, trained(5), RECORD)
     checkpoints.save(5, trained(1), {"n": 99})  # and while it is being written
     checkpoints.close()
     assert [name for name in os.listdir(saved) if name.isdigit()] == ["5"]
-    state, books = train.Checkpoints(saved).restore(trained(0))
+    state, record = train.Checkpoints(saved).restore(trained(0))
     same(state, jax.device_get(trained(5)))
-    assert without_hash(books) == BOOKS
+    assert without_hash(record) == RECORD
 
 
 def test_nothing_is_saved_and_nothing_is_made(tmp_path):

@@ -13,22 +13,22 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from absl import app
 import jax
 import numpy as np
 
-from common import data, devices, run
+from common import data, devices, flags
 import rho_learnability as rho
 
 
-def main(_):
-    config, _ = run.resolve(rho.PRESETS)
+def main():
+    config, _ = flags.resolve(rho.PRESETS)
     text = config.task == "image_text"
-    source = data.open_source(
-        config.dataset, config.split, data_dir=config.data_dir, image_size=config.image_size,
-        context=config.context if text else 0, toy_knobs=run.toy_knobs(config))
-    learner, proxy = rho.build_models(config, source)
-    pool = data.Pool(source, noise=config.caption_noise if text else config.label_noise,
+    encode, vocab = data.tokenizer(config.tokenizer)
+    source, _ = data.open_splits(config, encode, context=config.context * text,
+                                 need=("caption" if text else "label",))
+    learner, proxy = rho.build_models(config, source, vocab)
+    noise = "caption_noise" if text else "label_noise"
+    pool = data.Pool(source, noise=flags.planted(config, noise, rho.TOY_NOISE[noise]),
                      field="tokens" if text else "label")
     b, B = config.batch_size, round(config.ratio * config.batch_size)
     key, fields = jax.random.key(0), ("image", "tokens" if text else "label")
@@ -42,8 +42,9 @@ def main(_):
             ("learnability, cached, resident", "learnability", "cached", True),
             ("learnability, computed", "learnability", "computed", False),
             ("rho_loss, cached", "rho_loss", "cached", False)):
-        step, optimisers = rho.make_step(arm, config, learner, proxy, 10**6, 1e-3, 0.1)
-        state = rho.initial_state(arm, key, learner, proxy, optimisers, reference=reference,
+        made = rho.make_arm(arm, flags.Namespace(config, steps=10**6), learner, proxy)
+        step = made.step
+        state = rho.initial_state(arm, key, learner, proxy, made.optimisers, reference=reference,
                                   params=rho.init(key, proxy))
         n = b if arm == "uniform" else B
 
@@ -59,15 +60,13 @@ def main(_):
         bill = rho.step_flops(arm, b, config.ratio, rho.forward_flops(learner),
                               rho.forward_flops(proxy), reference)
         cases[name] = dict(step=step, state=state, batches=batches, bill=sum(bill.values()), t=[])
-    for case in cases.values():
-        case["step"].compile(case["state"], np.int32(0), key, next(case["batches"]))
     for turn, (name, case) in itertools.product(range(config.steps // 10), cases.items()):
         begin = time.perf_counter()
         for i in range(10):
             case["state"], metrics = case["step"](
                 case["state"], np.int32(10 * turn + i), key, next(case["batches"]))
         jax.block_until_ready(metrics)
-        if turn:  # the first warms up
+        if turn:  # the first compiles
             case["t"].append((time.perf_counter() - begin) / 10)
 
     base = statistics.median(cases["uniform"]["t"])
@@ -83,4 +82,4 @@ def main(_):
 
 if __name__ == "__main__":
     rho.define_flags()
-    app.run(main)
+    flags.run(main)
