@@ -302,6 +302,7 @@ class Stage:
             self.counts.add(step, pick_S)
         metrics = {k: float(v) for k, v in metrics.items()}
         if not np.isfinite(metrics["loss"]):
+            self._saved.close()
             self._bar.close()
             raise FloatingPointError(f"{self.name} seed {self.seed}: the loss of step {step} is "
                                      f"{metrics['loss']}")
@@ -345,6 +346,7 @@ class Checkpoints:
             return
         state = devices.to_host(state)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(state) if x.dtype.kind == "f"):
+            self.close()
             raise FloatingPointError(f"{os.path.basename(self.directory)}: the update of step "
                                      f"{step - 1} left weights that are not finite")
         try:
