@@ -1,9 +1,10 @@
 """A world of small drawn images with captions, so that every script runs without a download.
 
 Each picture shows one object in a bright colour on a dull, textured ground. The object's colour
-and shape are the class. About half of the pictures also show a small white, grey or black object,
-the distractor. Picture and caption are made from the same parameters, so every caption is true.
-Rare classes, near-copies and images of pure noise are planted in known amounts.
+and shape are the class. Many pictures also show a small white, grey or black object, the
+distractor. Picture and caption are made from the same parameters, so every caption is true.
+Rare classes, near-copies and images of pure noise are planted in known amounts. With `domains` the
+class is the object's shape and its domain, which is a ground that looks the same in every picture.
 
     data = world(20_000)        # about 3 s on one core
     test = world(2_000, seed=1, duplicates=0, hopeless=0)
@@ -11,6 +12,8 @@ Rare classes, near-copies and images of pure noise are planted in known amounts.
 Dimensions: N examples, B examples of a chunk, H = W = image_size, C = 3 colours. The unit of length
 is the width of the image. v points down. Colours are in [0, 1] until bytes are made of them.
 """
+
+import itertools
 
 import numpy as np
 
@@ -24,17 +27,13 @@ def star(u, v):
     return np.hypot(u, v) * np.cos(angle - 1.177) - 0.384
 
 
-def cross(u, v):
-    long, short = np.maximum(np.abs(u), np.abs(v)), np.minimum(np.abs(u), np.abs(v))
-    return np.maximum(long - 0.96, short - 0.3)
-
-
 # The signed distance to a shape's outline, in radii. It is negative inside. The constants make all
 # shapes look equally large.
 SHAPES = {"circle": lambda u, v: np.hypot(u, v) - 0.92,
           "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.76,
           "triangle": lambda u, v: np.maximum(v, 0.866 * np.abs(u) - 0.5 * v) - 0.5,
-          "cross": cross,
+          "cross": lambda u, v: np.maximum(np.maximum(np.abs(u), np.abs(v)) - 0.96,
+                                           np.minimum(np.abs(u), np.abs(v)) - 0.3),
           "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.73) - 0.25,
           "star": star}
 COLOURS = {"red": (220, 40, 45), "yellow": (250, 212, 35), "green": (40, 165, 65),
@@ -51,37 +50,52 @@ GROUND_COLOURS = {"tan": (188, 168, 138), "brown": (112, 86, 66), "olive": (112,
                   "slate": (84, 98, 114), "mauve": (146, 116, 132), "teal": (78, 122, 120)}
 PLACES = ("top left", "top", "top right", "left", "centre", "right",
           "bottom left", "bottom", "bottom right")
-CLASSES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 
+WORDS = {"size": ("small", "medium", "large"), "colour": COLOURS, "shape": SHAPES, "place": PLACES,
+         "ground_colour": GROUND_COLOURS, "ground": GROUNDS, "tone": TONES, "other_shape": SHAPES}
 # The longest filling of the longest template is 80 characters.
-TEMPLATES = ("a {size} {thing} at {place} on {ground}{and_other}",
-             "on {ground}: a {size} {thing}, {place}{and_other}",
-             "{place}: a {size} {thing} on {ground}{and_other}",
-             "{thing}, {size}, at {place} on {ground}{and_other}",
-             "{other_and}a {size} {thing} at {place} on {ground}")
+TEMPLATES = ("a {size} {colour} {shape} at {place} on {ground_colour} {ground}{and_other}",
+             "on {ground_colour} {ground}: a {size} {colour} {shape}, {place}{and_other}",
+             "{place}: a {size} {colour} {shape} on {ground_colour} {ground}{and_other}",
+             "{colour} {shape}, {size}, at {place} on {ground_colour} {ground}{and_other}",
+             "{other_and}a {size} {colour} {shape} at {place} on {ground_colour} {ground}")
 
-# Training and test worlds have different seeds and must agree on which classes are common.
-RANK_OF_CLASS = np.random.default_rng(0).permutation(len(CLASSES))
 # The ground of a near-copy is shifted with the rest of its picture. So grain is read from a fixed
 # tile, by position, and is not drawn anew.
 GRAIN = np.random.default_rng(1).standard_normal((256, 256)).astype(np.float32)
 GRAIN = sum(np.roll(GRAIN, (i, j), (0, 1)) for i in range(3) for j in range(3)) / 4
 
 
-def world(n, *, image_size=32, seed=0, tail=1.0, duplicates=0.1, hopeless=0.05):
+def class_names(domains=0):
+    """The names of the classes, in the order of the labels."""
+    if not domains:
+        return tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
+    # 5 grounds and 6 colours have no common factor, so no two of 30 domains share both.
+    grounds = zip(itertools.cycle(GROUNDS), itertools.cycle(GROUND_COLOURS))
+    return tuple(f"{shape} on {colour} {ground}"
+                 for ground, colour in itertools.islice(grounds, domains) for shape in SHAPES)
+
+
+CLASSES = class_names()
+
+
+def world(n, *, image_size=32, seed=0, tail=1.0, duplicates=0.1, hopeless=0.05, radius=0.25,
+          domains=0):
     """Draws a world of n examples. The same arguments give the same world.
 
     Args:
       tail: exponent of the class frequencies, p_k ~ 1 / (k + 1)^tail; 0 makes them equal.
       duplicates: fraction of near-copies, another example's scene moved by at most a pixel.
       hopeless: fraction of images of pure noise, with an ordinary label and caption.
+      radius: mean radius of the objects, which differ by up to 0.05. Large ones are easy to learn.
+      domains: number of domains; 0 for colour and shape as the class. See `class_names`.
     Returns {'image': uint8 [N, H, W, C], 'label': int32 [N], 'caption': a list of N strings,
     'duplicate' and 'hopeless': bool [N], never both True}. No method may look at the last two.
     Raises: ValueError that names the flag.
     """
-    check(n, image_size, tail, duplicates, hopeless)
+    check(n, image_size, tail, duplicates, hopeless, radius, domains)
     rng = np.random.default_rng(seed)
-    scene = draw_scenes(rng, n, tail)
+    scene = draw_scenes(rng, n, tail, radius, domains)
     n_hopeless, n_copies = round(hopeless * n), round(duplicates * n)
     noise, copy, ordinary = np.split(rng.permutation(n), [n_hopeless, n_hopeless + n_copies])
 
@@ -99,27 +113,38 @@ def world(n, *, image_size=32, seed=0, tail=1.0, duplicates=0.1, hopeless=0.05):
             "duplicate": np.isin(rows, copy), "hopeless": np.isin(rows, noise)}
 
 
-def check(n, image_size, tail, duplicates, hopeless):
+def check(n, image_size, tail, duplicates, hopeless, radius, domains):
     """Raises ValueError, naming the flag, if there is no such world."""
-    if n < 1:
-        raise ValueError(f"--toy_examples must be at least 1, got {n}")
-    if image_size < 8:
-        raise ValueError(f"--image_size must be at least 8 pixels, got {image_size}")
-    if not 0 <= tail < np.inf:
-        raise ValueError(f"--toy_tail must be finite and at least 0, got {tail}")
-    for flag, value in (("--toy_duplicates", duplicates), ("--toy_hopeless", hopeless)):
-        if not 0 <= value < 1:
-            raise ValueError(f"{flag} must be a fraction in [0, 1), got {value}")
+    for flag, value, low, high in (
+            ("--toy_examples", n, 1, 10**9), ("--image_size", image_size, 8, 10**4),
+            ("--toy_tail", tail, 0, 10), ("--toy_duplicates", duplicates, 0, 1),
+            ("--toy_hopeless", hopeless, 0, 1), ("--toy_radius", radius, 0.15, 0.4),
+            ("--toy_domains", domains, 0, len(GROUNDS) * len(GROUND_COLOURS))):
+        if not low <= value <= high:
+            raise ValueError(f"{flag}={value}: want a value from {low} to {high}")
     if round(duplicates * n) + round(hopeless * n) >= n:
         raise ValueError("--toy_duplicates plus --toy_hopeless leave no ordinary example: "
                          f"{duplicates} + {hopeless} of {n}")
 
 
-def draw_scenes(rng, n, tail):
+def draw_scenes(rng, n, tail, radius, domains):
     """The parameters of n scenes: a dict of arrays [N, ...]. "other" is the distractor."""
-    p = (1.0 + RANK_OF_CLASS) ** -tail
-    label = rng.choice(len(CLASSES), n, p=p / p.sum())
-    radius = rng.uniform(0.18, 0.325, n)
+    # Training and test worlds have different seeds and must agree on which classes are common.
+    rank = np.random.default_rng(0).permutation(len(class_names(domains)))
+    p = (1.0 + rank) ** -tail
+    label = rng.choice(len(p), n, p=p / p.sum())
+    any_of = lambda table: rng.integers(len(table), size=n)
+    if domains:
+        domain, shape = np.divmod(label, len(SHAPES))
+        ground, ground_colour = domain % len(GROUNDS), domain % len(GROUND_COLOURS)
+        colour = any_of(COLOURS)
+        # Multiples of the golden ratio are spread evenly: two domains differ in angle and scale.
+        half_turns, cycles = 0.618 * domain % 1, 2.5 + 2 * (0.382 * domain % 1)
+    else:
+        shape, colour = np.divmod(label, len(COLOURS))
+        ground, ground_colour = any_of(GROUNDS), any_of(GROUND_COLOURS)
+        half_turns, cycles = rng.random(n), rng.uniform(2.5, 4.5, n)
+    radius = rng.uniform(radius - 0.05, radius + 0.05, n)
     # The object is put into a cell of a 3 x 3 grid, and well inside it. So an object that the
     # caption calls "left" is never nearly at the "centre".
     cell = rng.integers(-1, 2, (n, 2))
@@ -131,20 +156,19 @@ def draw_scenes(rng, n, tail):
     spots = 0.5 + rng.uniform(-1, 1, (n, 16, 2)) * (0.5 - other_radius)[:, None, None]
     gap = np.linalg.norm(spots - centre[:, None], axis=-1) - (radius + other_radius)[:, None]
     clear = gap > 0.04
-    tone = rng.integers(len(TONES), size=n)
-    ground_colour = rng.integers(len(GROUND_COLOURS), size=n)
+    tone = any_of(TONES)
     return {
-        "label": label, "shape": label // len(COLOURS), "place": cell @ (1, 3) + 4,
-        "rgb": rgb(COLOURS, label % len(COLOURS)) + rng.normal(0, 0.03, (n, 3)),
-        "radius": radius, "centre": centre, "turn": rng.uniform(-0.5, 0.5, n),
-        "other": clear.any(1) & (rng.random(n) < 0.55), "tone": tone,
-        "other_shape": rng.integers(len(SHAPES), size=n), "other_rgb": rgb(TONES, tone),
+        "label": label, "shape": shape, "colour": colour, "place": cell @ (1, 3) + 4,
+        "rgb": rgb(COLOURS, colour) + rng.normal(0, 0.03, (n, 3)), "radius": radius,
+        "size": np.digitize(2 * radius, (0.45, 0.55)), "centre": centre,
+        "turn": rng.uniform(-0.5, 0.5, n), "other": clear.any(1) & (rng.random(n) < 0.55),
+        "tone": tone, "other_shape": any_of(SHAPES), "other_rgb": rgb(TONES, tone),
         "other_radius": other_radius, "other_centre": spots[np.arange(n), clear.argmax(1)],
-        "other_turn": rng.uniform(-0.5, 0.5, n),
-        "ground": rng.integers(len(GROUNDS), size=n), "ground_turn": rng.uniform(0, np.pi, n),
-        "ground_colour": ground_colour, "ground_rgb": rgb(GROUND_COLOURS, ground_colour),
-        "cycles": rng.uniform(2.5, 4.5, n), "phase": rng.uniform(0, 600, (n, 2)),
-        "shift": np.zeros((n, 2)), "template": rng.integers(len(TEMPLATES), size=n)}
+        "other_turn": rng.uniform(-0.5, 0.5, n), "ground": ground,
+        "ground_turn": np.pi * half_turns, "ground_colour": ground_colour,
+        "ground_rgb": rgb(GROUND_COLOURS, ground_colour), "cycles": cycles,
+        "phase": rng.uniform(0, 600, (n, 2)), "shift": np.zeros((n, 2)),
+        "template": any_of(TEMPLATES)}
 
 
 def rgb(table, index):
@@ -153,17 +177,13 @@ def rgb(table, index):
 
 def describe(scene):
     """One English sentence for each scene: a list of N strings."""
-    shapes, tones, grounds, ground_colours = map(list, (SHAPES, TONES, GROUNDS, GROUND_COLOURS))
-    sizes = np.digitize(2 * scene["radius"], (0.45, 0.55))
+    words = {name: np.array(list(table))[scene[name]] for name, table in WORDS.items()}
     captions = []
-    for i, size in enumerate(sizes):
-        other = f"a {tones[scene['tone'][i]]} {shapes[scene['other_shape'][i]]}"
-        captions.append(TEMPLATES[scene["template"][i]].format(
-            size=("small", "medium", "large")[size], thing=CLASSES[scene["label"][i]],
-            place=PLACES[scene["place"][i]],
-            ground=f"{ground_colours[scene['ground_colour'][i]]} {grounds[scene['ground'][i]]}",
-            and_other=f", and {other}" if scene["other"][i] else "",
-            other_and=f"{other} and " if scene["other"][i] else ""))
+    for i, template in enumerate(scene["template"]):
+        word = {name: column[i] for name, column in words.items()}
+        other = "a {tone} {other_shape}".format(**word) if scene["other"][i] else ""
+        captions.append(TEMPLATES[template].format(
+            **word, and_other=other and f", and {other}", other_and=other and f"{other} and "))
     return captions
 
 

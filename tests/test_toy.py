@@ -8,6 +8,7 @@ import pytest
 from common import toy
 
 SMALL = dict(image_size=16)
+RANK_OF_CLASS = np.random.default_rng(0).permutation(30)
 
 
 def distances(queries, images):
@@ -31,7 +32,9 @@ def test_shapes_and_types():
         assert data["duplicate"].dtype == data["hopeless"].dtype == bool
         assert len(data["caption"]) == len(data["label"]) == 7
         assert all(type(caption) is str for caption in data["caption"])
-    assert len(toy.CLASSES) == len(set(toy.CLASSES)) == 30
+    for domains, n_classes in ((0, 30), (5, 30), (30, 180)):
+        names = toy.class_names(domains)
+        assert len(names) == len(set(names)) == n_classes
 
 
 def test_a_seed_is_a_world():
@@ -74,9 +77,9 @@ def test_class_histogram(tail):
     count = np.bincount(label, minlength=30)
     p = np.arange(1, 31.0) ** -tail
     expected = n * p / p.sum()
-    chi_square = ((count - expected[toy.RANK_OF_CLASS]) ** 2 / expected[toy.RANK_OF_CLASS]).sum()
+    chi_square = ((count - expected[RANK_OF_CLASS]) ** 2 / expected[RANK_OF_CLASS]).sum()
     assert chi_square < 58  # 29 degrees of freedom: one seed in a thousand exceeds 58.3
-    assert tail == 0 or count.argmax() == toy.RANK_OF_CLASS.argmin() != 0
+    assert tail == 0 or count.argmax() == RANK_OF_CLASS.argmin() != 0
 
 
 def test_test_world_ranks_the_classes_alike():
@@ -101,9 +104,10 @@ def test_no_caption_can_exceed_80_characters():
     def longest(names):
         return list(names).index(max(names, key=len))
 
-    scene = {"radius": 0.25, "place": longest(toy.PLACES), "label": longest(toy.CLASSES),
-             "ground": longest(toy.GROUNDS), "ground_colour": longest(toy.GROUND_COLOURS),
-             "other": True, "tone": longest(toy.TONES), "other_shape": longest(toy.SHAPES)}
+    scene = {"size": 1, "place": longest(toy.PLACES), "colour": longest(toy.COLOURS),
+             "shape": longest(toy.SHAPES), "ground": longest(toy.GROUNDS),
+             "ground_colour": longest(toy.GROUND_COLOURS), "other": True,
+             "tone": longest(toy.TONES), "other_shape": longest(toy.SHAPES)}
     n = len(toy.TEMPLATES)
     scene = {name: np.full(n, value) for name, value in scene.items()}
     captions = toy.describe({**scene, "template": np.arange(n)})
@@ -129,6 +133,34 @@ def test_captions_are_true_of_the_pixels():
             assert width > 0.34 if "large" in caption else width < 0.5, (caption, width)
         assert "white" not in caption or (image.min(-1) > 215).sum() >= 3, caption
         assert "black" not in caption or (image.max(-1) < 40).sum() >= 3, caption
+
+
+def test_the_radius_of_the_objects():
+    for radius in (0.2, 0.4):
+        data = toy.world(300, radius=radius, tail=0, duplicates=0, hopeless=0)
+        palette = np.array(list(toy.COLOURS.values()), np.float32)[data["label"] % 5]
+        ink = np.linalg.norm(data["image"] - palette[:, None, None], axis=-1) < 55
+        square = data["label"] // 5 == list(toy.SHAPES).index("square")
+        # A square of radius 1 has the side 1.52.
+        assert ink[square].mean() == pytest.approx((1.52 * radius) ** 2, rel=0.12)
+    assert all("large" in caption for caption in data["caption"])
+
+
+def test_a_class_of_a_domain_is_its_shape_and_its_ground():
+    data = toy.world(500, domains=7, radius=0.15, tail=0, duplicates=0, hopeless=0)
+    names = toy.class_names(7)
+    colours = np.array(list(toy.GROUND_COLOURS.values()), np.float32)
+    for image, caption, label in zip(data["image"], data["caption"], data["label"]):
+        shape, ground = names[label].split(" on ")
+        assert ground in caption and f" {shape}" in caption
+        colour = colours[list(toy.GROUND_COLOURS).index(ground.split()[0])]
+        middle = np.median(image.reshape(-1, 3), axis=0)
+        # The ground's pattern makes it lighter or darker by at most a fifth; the rest is noise.
+        assert np.abs(middle / colour - 1).max() < 0.28, caption
+    # The object has any colour in every domain, so no colour tells the class.
+    used = {(label // 6, caption.split(f" {names[label].split()[0]}")[0].split()[-1])
+            for caption, label in zip(data["caption"], data["label"])}
+    assert {(d, colour) for d in range(7) for colour in toy.COLOURS} <= used
 
 
 def test_about_half_of_the_scenes_have_a_distractor():
@@ -160,6 +192,8 @@ def test_large_images_show_the_same_scenes():
     (dict(duplicates=-0.1), "--toy_duplicates"), (dict(duplicates=1), "--toy_duplicates"),
     (dict(hopeless=1.5), "--toy_hopeless"), (dict(hopeless=float("nan")), "--toy_hopeless"),
     (dict(duplicates=0.6, hopeless=0.4), "--toy_duplicates plus --toy_hopeless"),
+    (dict(radius=0.1), "--toy_radius"), (dict(radius=float("nan")), "--toy_radius"),
+    (dict(domains=-1), "--toy_domains"), (dict(domains=31), "--toy_domains"),
     (dict(image_size=4), "--image_size")])
 def test_bad_knobs_name_their_flag(knobs, flag):
     with pytest.raises(ValueError, match=flag) as error:
