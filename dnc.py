@@ -43,6 +43,7 @@ from common.devices import AXIS
 
 ARMS = ("moclr", "moclr_flops", "dnc", "dnc_random", "self_distil", "dnc_oracle")
 DIVIDES = ("dnc", "dnc_random", "dnc_oracle")  # have experts
+TOY = {"image_size": 16, "examples": 3000, "tail": 1.5, "radius": 0.25, "domains": 0}
 
 PRESETS = {
     # the README's table: heavy-tailed, halved to 16 px; give its path as --dataset. An hour a seed
@@ -111,7 +112,7 @@ def define_flags():
     f.number("weight_decay", 1.5e-6, "[0, inf)", "inside LARS, on kernels")
     f.number("warmup", 0.05, "[0, 1)", "fraction of a stage's steps")
 
-    flags.define_shared("dnc", toy_noise={}, toy_examples=3000, toy_tail=1.5, image_size=16)
+    flags.define_shared("dnc", toy=TOY, toy_noise={}, eval_every=100)
     f = flags.Group("Data")
     f.integer("class_cap", 0, "[0, inf)", "at most so many examples of a class in the pool: the "
               "balanced twin of a heavy-tailed set; 0: all")
@@ -981,7 +982,7 @@ def main():
     config, _ = flags.resolve(PRESETS)
     devices.start(config)
     check(config)
-    source, test_source = data.open_splits(config, need=("label",), toy_image_size=16)
+    source, test_source = data.open_splits(config, need=("label",), toy_image_size=TOY["image_size"])
     b, n_classes = config.batch_size, len(source.class_names)
     labels = np.concatenate([x["label"][x["valid"]] for x in data.sweep(data.Pool(source), b)])
     pools = {seed: training_pool(source, labels, seed, config.class_cap) for seed in config.seeds}

@@ -35,17 +35,19 @@ import optax
 from common import data, devices, flags, flops, picks, reference, report, retrieval, train, vit
 from common.devices import AXIS
 
-METHODS = ("uniform", "independent", "jest", "flexi_jest")
+SELECTS = ("independent", "jest", "flexi_jest")
+METHODS = ("uniform", *SELECTS, "curated")  # curated: the learner's towers on that part alone
 # score -> the sign of each model's loss in it: loss under the learner - loss under the reference
 SCORES = {"learnability": {"learner": 1, "reference": -1}, "easy_reference": {"reference": -1},
           "hard_learner": {"learner": 1}}
+TOY = {"image_size": 16, "examples": 50_000, "tail": 0.0, "radius": 0.4, "domains": 0}
 TOY_NOISE = {"caption_noise": 0.8}
 
 PRESETS = {
     # the README's table
     "emoji": dict(
         arms=["uniform", "independent", "jest", "flexi_jest"], dataset="emoji", caption_noise=0.8,
-        image_size=32, context=32, model="64/2/256/4",
+        image_size=32, tokenizer="bytes", context=32, pool="map", model="64/2/256/4",
         n_chunks=16, curated_fraction=0.2, steps=1200, active_steps=300, reference_steps=800,
         batch_size=128, eval_every=30, learning_rate=5e-4, active_learning_rate=1e-3,
         reference_learning_rate=1e-3),
@@ -54,23 +56,25 @@ PRESETS = {
     # captions short) and a --reference_dataset of about 1e8 curated pairs.
     "siglip_B": dict(
         arms=["uniform", "independent", "jest", "flexi_jest"], caption_noise=0.0, image_size=256,
-        toy_examples=4096, model="B", patch=16, low_patch=32, context=64, embed=768,
+        toy_examples=4096, toy_tail=1.0, toy_radius=0.25, model="B", patch=16, low_patch=32,
+        tokenizer="bytes", context=64, pool="map", embed=768,
         dtype="bfloat16", n_chunks=16, curated_fraction=0.2, batch_size=256, steps=1000,
-        active_steps=0, eval_every=100, warmup=0.01, reference_steps=100,
+        active_steps=0, learning_rate=1e-3, warmup=0.01, reference_steps=100,
         reference_learning_rate=1e-3, reference_scores="computed"),
 }
 
 
 def define_flags():
     f = flags.Group("Method")
-    f.names("arms", ["uniform", "jest", "flexi_jest"], f"of {', '.join(METHODS)}, each but uniform "
-            "also with _easy_reference or _hard_learner behind it (plain: learnability); the first "
-            "is the baseline")
+    f.names("arms", ["uniform", "jest", "curated"], f"of {', '.join(METHODS)}; those that select "
+            "also with _easy_reference or _hard_learner behind the name (plain: learnability). The "
+            "first is the baseline. curated is the control that decides for a user: the learner's "
+            "towers, trained on the reference's curated part alone")
     f.number("filter_ratio", 0.8, "[0, 1)", "f = 1 - b/B: part of the super-batch that is left out")
     f.integer("n_chunks", 8, "[1, inf)", "chunks in which jest draws its sub-batch (paper: 16)")
     f.number("score_gain", 100.0, "(0, inf)", "multiplies the scores before a chunk is drawn from "
              "their softmax (Algorithm 2 prints 100, close to greedy); 1 / temperature")
-    f.number("curated_fraction", 0.25, "(0, 1)", "part of the pool that is set apart to train the "
+    f.number("curated_fraction", 0.02, "(0, 1)", "part of the pool that is set apart to train the "
              "reference")
     f.number("reference_noise", 0.0, "[-1, 1]", "caption noise of that part; -1: the pool's")
     f.text("reference_dataset", None, "train the reference on another data set, whole")
@@ -86,35 +90,35 @@ def define_flags():
     f = flags.Group("Models")
     f.choice("loss", "sigmoid", ["sigmoid", "softmax"], "contrastive loss (eq 1 softmax, eq 2 "
              "sigmoid)")
-    f.text("model", "48/2/192/3", "size of both towers: " + ", ".join(vit.SIZES)
+    f.text("model", "64/1/256/4", "size of both towers: " + ", ".join(vit.SIZES)
            + ", or width/depth/mlp/heads")
     f.text("reference_model", "", "size of the reference's towers; empty: --model")
     f.integer("patch", 8, "[1, inf)", "patch side in pixels, at full resolution")
-    f.choice("pool", "map", ["gap", "map"], "mean of the tokens, or attention pooling")
+    f.choice("pool", "gap", ["gap", "map"], "mean of the tokens, or attention pooling")
     f.integer("embed", 64, "[1, inf)", "width E of the joint embedding")
-    f.integer("context", 72, "[2, inf)", "tokens per caption; longer ones are cut")
-    f.text("tokenizer", "bytes", "'words', 'bytes', or a sentencepiece model file")
+    f.integer("context", 16, "[2, inf)", "tokens per caption; longer ones are cut")
+    f.text("tokenizer", "words", "'words', 'bytes', or a sentencepiece model file")
     f.choice("dtype", "float32", ["float32", "bfloat16"], "type of the activations")
     f.switch("remat", False, "recompute blocks in the backward pass: memory for time")
     f.text("prompt", "a {}", "zero-shot caption of a class, where the data has labels")
 
     f = flags.Group("Optimisation")
-    f.integer("steps", 400, "[1, inf)", "updates of the learner")
-    f.integer("active_steps", 200, "[0, inf)", "updates in every arm but uniform, whose schedule "
+    f.integer("steps", 500, "[1, inf)", "updates of the learner")
+    f.integer("active_steps", 400, "[0, inf)", "updates in every arm but uniform, whose schedule "
               "then ends there; 0: as many as --steps")
-    f.integer("reference_steps", 600, "[0, inf)", "updates of the reference; 0: as many as --steps")
-    f.integer("batch_size", 64, "[1, inf)", "b: pairs per update")
-    f.number("learning_rate", 1e-3, "(0, inf)", "peak, of Adam; linear warm-up, cosine to 0")
+    f.integer("reference_steps", 400, "[0, inf)", "updates of the reference; 0: as many as --steps")
+    f.integer("batch_size", 128, "[1, inf)", "b: pairs per update")
+    f.number("learning_rate", 3e-3, "(0, inf)", "peak, of Adam; linear warm-up, cosine to 0")
     f.number("active_learning_rate", 0.0, "[0, inf)", "peak in every arm but uniform, whose best "
              "is lower where most captions are wrong; 0: --learning_rate")
-    f.number("reference_learning_rate", 2e-3, "(0, inf)", "peak, of the reference")
+    f.number("reference_learning_rate", 3e-3, "(0, inf)", "peak, of the reference")
     f.number("weight_decay", 1e-4, "[0, inf)", "part of the weights of linear maps that a step at "
              "the peak takes off; it follows the schedule, not times the learning rate")
     f.number("beta2", 0.95, "[0, 1)", "of Adam")
     f.number("clip_norm", 1.0, "(0, inf)", "gradients are scaled down to this global norm")
     f.number("warmup", 0.05, "[0, 1)", "fraction of the steps (paper: 0.01)")
 
-    flags.define_shared("jest", toy_noise=TOY_NOISE, toy_examples=16_000, eval_every=50)
+    flags.define_shared("jest", toy=TOY, toy_noise=TOY_NOISE, eval_every=100)
 
 
 # ------------------------------------------------------------------------------------- models
@@ -771,7 +775,7 @@ def split_arm(arm):
     """'jest_hard_learner' -> ('jest', 'hard_learner'); without a score it is learnability's."""
     for method in METHODS:
         for kind in SCORES:
-            scored = method != "uniform" and arm == f"{method}_{kind}"
+            scored = method in SELECTS and arm == f"{method}_{kind}"
             if scored or (arm == method and kind == "learnability"):
                 return method, kind
     raise ValueError(f"--arms: {arm!r} is none of {', '.join(METHODS)}, nor one of them with a "
@@ -826,10 +830,12 @@ def make_arm(arm, config, model, reference_model):
     """What trains an arm, or the 'reference', whose training is a uniform run: the number of steps,
     the `Method`, the optimiser, and `train_step` and `diagnose` as a `devices.pmap`."""
     name, kind = ("uniform", "learnability") if arm == "reference" else split_arm(arm)
-    steps = (name != "uniform" and config.active_steps) or config.steps
-    peak = (name != "uniform" and config.active_learning_rate) or config.learning_rate
+    steps = (name in SELECTS and config.active_steps) or config.steps
+    peak = (name in SELECTS and config.active_learning_rate) or config.learning_rate
+    if arm in ("reference", "curated"):
+        steps, peak, name = (config.reference_steps or config.steps,
+                             config.reference_learning_rate, "uniform")
     if arm == "reference":
-        steps, peak = config.reference_steps or config.steps, config.reference_learning_rate
         model = reference_model
     method = flags.build(Method, config, method=name, kind=kind,
                          low_patch=config.low_patch if name == "flexi_jest" else 0)
@@ -882,7 +888,7 @@ def main():
     noise = flags.planted(config, "caption_noise", TOY_NOISE["caption_noise"])
     encode, vocab = data.tokenizer(config.tokenizer)
     source, test_source = data.open_splits(config, encode, context=config.context,
-                                           need=("caption",))
+                                           need=("caption",), toy_image_size=TOY["image_size"])
     b, B = config.batch_size, super_batch_size(config)
     curated_source = None
     if config.reference_dataset:
@@ -890,7 +896,7 @@ def main():
             config.reference_dataset, "train", data_dir=config.data_dir, need=("caption",),
             image_size=source.image_shape[0], context=config.context, encode=encode,
             toy_knobs=data.toy_knobs(config), flags=("reference_dataset", "split"))
-    if any(split_arm(arm)[0] != "uniform" for arm in config.arms):
+    if any(split_arm(arm)[0] in SELECTS for arm in config.arms):
         n_curated = 0 if curated_source else round(config.curated_fraction * len(source.ids))
         data.check_batch(source.ids[n_curated:], B, f"--filter_ratio={config.filter_ratio}")
     model = build_model(config, "model", source, vocab)
@@ -974,7 +980,7 @@ def main():
                 params, cached, setup = frozen
                 state["reference"] = logit_scale_and_bias(params) if cached else params
             # The curated part is the reference's: a cost of the method. Uniform has the whole pool.
-            pool, n = (train_pool, B) if selects else (whole, b)
+            pool, n = (train_pool, B) if selects else (curated if name == "curated" else whole, b)
             load = functools.partial(load_batches, pool, seed, n, cached=cached, selects=selects)
             if selects:  # diagnosed on the super-batch after the last step
                 after = next(load(arm.steps + 1, arm.steps))
@@ -997,7 +1003,7 @@ def main():
         picks.write(run.path("picks.csv"), counts)
         report.conclude(config.workdir, picks=shown)
         for name in config.arms:
-            if name != "uniform":
+            if arms[name].method.method != "uniform":
                 reused = arm_cost(arms[name].method, config, model, reference_model, reuse=True)
                 uniform = step_flops("uniform", "learnability", b, B, forward_flops(model))
                 print(iteration_cost(name, costs[name], reused, uniform))

@@ -38,31 +38,37 @@ import optax
 from common import data, devices, flags, picks, reference, report, retrieval, train, vit
 from common.devices import AXIS
 
-ARMS = ("uniform", "learnability", "easy_reference", "hard_learner", "rho_loss")
+SELECTS = ("learnability", "easy_reference", "hard_learner", "rho_loss")
+ARMS = ("uniform", *SELECTS, "held_out")  # held_out: the learner, on the reference's part alone
 NEEDS_PROXY = ("learnability", "hard_learner")  # the online proxy scores, and is trained
 NEEDS_REFERENCE = ("learnability", "easy_reference", "rho_loss")
+TOY = {"image_size": 16, "examples": 60_000, "tail": 0.0, "radius": 0.38, "domains": 0}
 TOY_NOISE = {"label_noise": 0.4, "caption_noise": 0.4}
 
 PRESETS = {
     # the README's tables
     "fashion_mnist": dict(
-        dataset="fashion_mnist", label_noise=0.4, patch=7, learner="96/4/384/4",
-        proxy="32/2/128/2", ratio=5.0, held_out_fraction=0.2, reference_steps=1000, steps=600,
-        active_steps=320, eval_every=30),
+        arms=["uniform", "learnability"], dataset="fashion_mnist", label_noise=0.4, patch=7,
+        learner="96/4/384/4", proxy="32/2/128/2", score_gain=2.0, held_out_fraction=0.2,
+        reference_steps=1000, steps=600, active_steps=320, eval_every=30, learning_rate=2e-3),
     "emoji": dict(
-        dataset="emoji", task="image_text", contrastive_loss="softmax", caption_noise=0.5,
-        image_size=32, context=24, score_gain=10.0, held_out_fraction=0.33, steps=800,
-        active_steps=400, reference_steps=800, eval_every=50, learning_rate=1e-3),
+        arms=["uniform", "learnability"], dataset="emoji", task="image_text",
+        contrastive_loss="softmax", caption_noise=0.5, image_size=32, tokenizer="bytes",
+        context=24, learner="64/2/256/4", proxy="mu", ratio=4.0, score_gain=10.0,
+        held_out_fraction=0.33, steps=800, active_steps=400, reference_steps=800, eval_every=50,
+        learning_rate=1e-3),
     # the paper's model sizes, on generated images: give --dataset for real ones
     "classact_L": dict(
-        label_noise=0.0, image_size=224, toy_examples=4096, learner="L", proxy="Ti", patch=16,
+        arms=["uniform", "learnability"], label_noise=0.0, image_size=224, toy_examples=4096,
+        toy_tail=1.0, toy_radius=0.25, learner="L", proxy="Ti", patch=16,
         dtype="bfloat16", ratio=2.0, score_gain=1.0, steps=1000, batch_size=256,
         reference="in_domain", reference_scores="computed", reference_steps=100,
         reference_noise=-1.0, learning_rate=1e-3, proxy_learning_rate=1e-3,
         reference_learning_rate=1e-3),
     "activeclip_B": dict(
-        task="image_text", contrastive_loss="softmax", caption_noise=0.0, image_size=224,
-        toy_examples=4096, learner="B", proxy="Ti", patch=16, pool="map", embed=512, context=64,
+        arms=["uniform", "learnability"], task="image_text", contrastive_loss="softmax",
+        caption_noise=0.0, image_size=224, toy_examples=4096, toy_tail=1.0, toy_radius=0.25,
+        tokenizer="bytes", learner="B", proxy="Ti", patch=16, pool="map", embed=512, context=64,
         dtype="bfloat16", ratio=2.0, score_gain=1.0, steps=1000, batch_size=256,
         reference="in_domain", reference_scores="computed", reference_steps=100,
         reference_noise=-1.0, learning_rate=1e-3, proxy_learning_rate=1e-3,
@@ -72,9 +78,11 @@ PRESETS = {
 
 def define_flags():
     f = flags.Group("Method")
-    f.names("arms", ["uniform", "learnability"], f"of {', '.join(ARMS)}; the first is the baseline")
-    f.number("ratio", 4.0, "[1, inf)", "B/b: super-batch over sub-batch (paper: 2 throughout)")
-    f.number("score_gain", 2.0, "(0, inf)", "examples are drawn by softmax(score_gain * score): 1 "
+    f.names("arms", ["uniform", "learnability", "held_out"], f"of {', '.join(ARMS)}; the "
+            "first is the baseline. held_out is the control that decides for a user: the learner, "
+            "trained on the reference's held-out part alone")
+    f.number("ratio", 5.0, "[1, inf)", "B/b: super-batch over sub-batch (paper: 2 throughout)")
+    f.number("score_gain", 5.0, "(0, inf)", "examples are drawn by softmax(score_gain * score): 1 "
              "/ temperature (the paper prints none). Scores of image_text differ by 2 or less, so "
              "that a gain of 1 hardly selects there. For the limit of large gains: --sampling=topk")
     f.choice("sampling", "gumbel", ["gumbel", "replacement", "topk"], "'gumbel': without "
@@ -88,10 +96,10 @@ def define_flags():
            "scored; or the checkpoint directory of such a stage ('{seed}' is filled in)")
     f.choice("reference_scores", "cached", ["cached", "computed"], "score the pool once, by "
              "example id, or compute the reference's scores anew in each step")
-    f.integer("reference_steps", 800, "[0, inf)", "updates of the reference; 0: as many as --steps")
+    f.integer("reference_steps", 600, "[0, inf)", "updates of the reference; 0: as many as --steps")
     f.number("reference_noise", 0.0, "[-1, 1]", "label or caption noise of the reference's "
              "training set; -1: the pool's")
-    f.number("held_out_fraction", 0.25, "(0, 1)", "part of the pool that is the held-out "
+    f.number("held_out_fraction", 0.04, "(0, 1)", "part of the pool that is the held-out "
              "reference's")
     f.choice("actor_init", "random", ["random", "reference"], "first weights of the proxy")
 
@@ -99,22 +107,22 @@ def define_flags():
     f.choice("task", "classification", ["classification", "image_text"], "ClassAct, or ActiveCLIP "
              "/ ActiveSigLIP")
     f.choice("contrastive_loss", "sigmoid", ["sigmoid", "softmax"], "loss of image_text")
-    f.text("learner", "64/2/256/4", f"size: {', '.join(vit.SIZES)}, or width/depth/mlp/heads")
-    f.text("proxy", "mu", "size of the online proxy and of the reference")
+    f.text("learner", "96/2/384/4", f"size: {', '.join(vit.SIZES)}, or width/depth/mlp/heads")
+    f.text("proxy", "48/2/192/3", "size of the online proxy and of the reference")
     f.integer("patch", 8, "[1, inf)", "patch side in pixels")
     f.choice("pool", "gap", ["gap", "map"], "mean of the tokens, or attention pooling")
     f.integer("embed", 64, "[1, inf)", "width of the joint embedding of image_text")
-    f.text("tokenizer", "bytes", "of image_text: 'words', 'bytes', or a sentencepiece model file")
-    f.integer("context", 64, "[2, inf)", "tokens per caption; longer ones are cut")
+    f.text("tokenizer", "words", "of image_text: 'words', 'bytes', or a sentencepiece model file")
+    f.integer("context", 20, "[2, inf)", "tokens per caption; longer ones are cut")
     f.choice("dtype", "float32", ["float32", "bfloat16"], "type of the activations")
     f.switch("remat", False, "recompute blocks in the backward pass: memory for time")
 
     f = flags.Group("Optimisation")
-    f.integer("steps", 400, "[1, inf)", "updates of the learner")
+    f.integer("steps", 1000, "[1, inf)", "updates of the learner")
     f.integer("active_steps", 0, "[0, inf)", "updates in every arm but uniform, whose schedule "
               "then ends there; 0: as many as --steps")
     f.integer("batch_size", 128, "[1, inf)", "b: examples per update")
-    f.number("learning_rate", 2e-3, "(0, inf)", "peak, of AdamW; linear warm-up, cosine to 0")
+    f.number("learning_rate", 4e-3, "(0, inf)", "peak, of AdamW; linear warm-up, cosine to 0")
     f.number("proxy_learning_rate", 4e-3, "[0, inf)", "peak, of the online proxy")
     f.number("reference_learning_rate", 4e-3, "(0, inf)", "peak, of the reference (paper: larger "
              "when it is online)")
@@ -126,7 +134,7 @@ def define_flags():
     f.choice("augment", "none", ["none", "shift", "shift_flip"], "shift by up to an eighth of the "
              "side; flip left and right")
 
-    flags.define_shared("rho_learnability", toy_noise=TOY_NOISE, toy_examples=20_000)
+    flags.define_shared("rho_learnability", toy=TOY, toy_noise=TOY_NOISE, eval_every=100)
 
 
 # ------------------------------------------------------------------------------------- models
@@ -426,7 +434,7 @@ def step_flops(arm, batch_size, ratio, F_L, F_p, reference):
         "actor_scoring": B * F_L if arm == "rho_loss" else B * F_p if has_proxy else 0,
         "actor_training": 3 * b * F_p if has_proxy else 0,
         # an operation each: subtract, divide, add noise, and log2(B) comparisons to place it
-        "selection": 0 if arm == "uniform" else B * (3 + max(B, 2).bit_length()),
+        "selection": B * (3 + max(B, 2).bit_length()) if arm in SELECTS else 0,
         "reference_scoring": B * F_p if reference == "computed" else 0,
         # online: trained on the super-batch, the same forward scores it
         "reference_training": 3 * B * F_p if reference == "online" else 0,
@@ -504,6 +512,8 @@ def check(config, explicit=()):
     if unread in explicit:
         raise ValueError(f"--{unread} is not read by --task={config.task}: give --label_noise to "
                          "classification, --caption_noise to image_text")
+    require("held_out" not in config.arms or config.reference == "held_out", "reference",
+            "'held_out' with the arm of that name")
     for steps in {config.steps, config.active_steps, config.reference_steps} - {0}:
         require(round(config.warmup * steps) < steps, "warmup", "less than all of the steps: with "
                 f"{steps} steps nothing is left after it")
@@ -538,7 +548,10 @@ def make_arm(arm, config, learner, proxy):
     """What trains an arm, or the 'reference', whose training is a uniform run of the proxy: the
     number of steps, the `Method`, the optimisers, and `train_step` as a `devices.pmap`."""
     method = flags.build(Method, config, arm=arm)
-    steps, peak = (arm != "uniform" and config.active_steps) or config.steps, config.learning_rate
+    steps, peak = (arm in SELECTS and config.active_steps) or config.steps, config.learning_rate
+    if arm == "held_out":
+        steps, method = config.reference_steps or config.steps, dataclasses.replace(
+            method, arm="uniform")
     if arm == "reference":
         steps, peak = config.reference_steps or config.steps, config.reference_learning_rate
         method = dataclasses.replace(method, arm="uniform",
@@ -598,10 +611,10 @@ def main():
     noise = flags.planted(config, noise_flag, TOY_NOISE[noise_flag])
     encode, vocab = data.tokenizer(config.tokenizer)
     source, test_source = data.open_splits(config, encode, context=config.context * text,
-                                           need=(needed,))
+                                           need=(needed,), toy_image_size=TOY["image_size"])
     b, B = config.batch_size, round(config.ratio * config.batch_size)
     held_out = config.reference == "held_out"
-    if set(config.arms) != {"uniform"}:
+    if set(config.arms) & set(SELECTS):
         n_held_out = held_out * round(config.held_out_fraction * len(source.ids))
         data.check_batch(source.ids[n_held_out:], B, f"--ratio={config.ratio:g}")
     learner, proxy = build_models(config, source, vocab)
@@ -672,17 +685,18 @@ def main():
                                   params=params, actor_init=config.actor_init,
                                   staleness=config.staleness)
             # The baseline has the whole pool: a part that is held out is a cost of the method.
-            pool, n = (whole, b) if name == "uniform" else (train_pool, B)
+            pool, n = {"uniform": (whole, b), "held_out": (pool_of_reference, b)}.get(
+                name, (train_pool, B))
             load = functools.partial(load_batches, pool, seed, n, losses=losses,
-                                     selects=name != "uniform")
-            if name != "uniform":
+                                     selects=name in SELECTS)
+            if name in SELECTS:
                 counts[name, seed] = picks.Counts(pool, seed, n)
             stage = run.stage(name, seed, arm.steps, spent=setup, counts=counts.get((name, seed)))
             state = train_stage(stage, state, arm.step, key_steps,
                                 functools.partial(load, arm.steps), evaluators[learner],
                                 trained=b, scored=n,
                                 flops=step_flops(name, b, config.ratio, F_L, F_p, kind))
-            if shown is None and name != "uniform":  # the super-batch after the last step
+            if shown is None and name in SELECTS:  # the super-batch after the last step
                 batch = next(load(arm.steps + 1, arm.steps))
                 score_B, pick_S = jax.device_get(arm.score(state, np.int32(arm.steps), key_steps,
                                                            batch))

@@ -152,7 +152,7 @@ def count_captions(source, encode, context, split, sample=1000):
 # ------------------------------------------------------------------------------ opening a set
 
 
-def open_splits(config, encode=byte_ids, *, need, context=0, toy_image_size=32):
+def open_splits(config, encode=byte_ids, *, need, toy_image_size, context=0):
     """(training Source, test Source) as the flags say; warns of captions that look alike."""
     out = []
     for flag in ("split", "eval_split"):
@@ -169,7 +169,7 @@ def open_splits(config, encode=byte_ids, *, need, context=0, toy_image_size=32):
 
 def toy_knobs(config):
     return dict(n=config.toy_examples, tail=config.toy_tail, duplicates=config.toy_duplicates,
-                hopeless=config.toy_hopeless)
+                hopeless=config.toy_hopeless, radius=config.toy_radius, domains=config.toy_domains)
 
 
 def open_source(dataset, split, *, data_dir=None, image_size=0, context=0, encode=byte_ids,
@@ -209,19 +209,20 @@ def _toy_source(split, image_size, context, encode, knobs, flag):
     if split not in ("train", "test"):
         raise ValueError(f"--{flag}={split}: toy has the splits train, test")
     if split == "test":
-        knobs = {"n": 2_000, "tail": 0.0, "duplicates": 0.0, "hopeless": 0.0, "seed": 1}
+        knobs |= {"n": 2_000, "tail": 0.0, "duplicates": 0.0, "hopeless": 0.0, "seed": 1}
+    class_names = toy.class_names(knobs.get("domains", 0))
     world = toy.world(image_size=image_size, **knobs)
     arrays = {k: v for k, v in world.items() if isinstance(v, np.ndarray)}
     knobs_text = ", ".join(f"{k} {v}" for k, v in sorted(knobs.items()))
-    sha = hashlib.sha256(repr((knobs_text, toy.CLASSES, world["caption"])).encode())
+    sha = hashlib.sha256(repr((knobs_text, class_names, world["caption"])).encode())
     for name in sorted(arrays):
         sha.update(arrays[name].tobytes())
     if context:
         arrays |= caption_fields(world["caption"], context, encode)
-    texts = world["caption"] if context else [toy.CLASSES[label] for label in world["label"]]
+    texts = world["caption"] if context else [class_names[label] for label in world["label"]]
     return Source(f"toy/{split}, {knobs_text}, {image_size} px, {context} tokens",
                   np.arange(len(texts)), lambda ids: {k: v[ids] for k, v in arrays.items()},
-                  class_names=toy.CLASSES, fingerprint=sha.hexdigest(), describe=texts.__getitem__)
+                  class_names=class_names, fingerprint=sha.hexdigest(), describe=texts.__getitem__)
 
 
 # ------------------------------------------------------------------------ what is trained on

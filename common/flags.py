@@ -80,23 +80,31 @@ class Group:
         flags.DEFINE_bool(name, default, help)
 
 
-def define_shared(script, *, toy_noise, toy_examples, toy_tail=1.0, image_size=32, eval_every=100):
-    """The flags that all scripts have. toy_noise: what is planted in `toy` where no flag says so,
-    {'label_noise' and 'caption_noise': fraction}; a script reads those that it names here."""
+def define_shared(script, *, toy, toy_noise, eval_every):
+    """The flags that all scripts have.
+
+    toy: the defaults of the generated world, {'image_size', 'examples', 'tail', 'radius',
+    'domains'}. toy_noise: what is planted in it where no flag says so, {'label_noise',
+    'caption_noise': fraction}. A script reads those that it names here.
+    """
     f = Group("Data")
     f.text("dataset", "toy", "'toy' (generated pictures), a TFDS name, or the path of a prepared "
            "TFDS directory such as data/fashion_mnist/3.0.1")
     f.text("data_dir", None, "where TFDS keeps its prepared data sets")
     f.text("split", "train", "training pool, TFDS syntax: 'train[:90%]'")
     f.text("eval_split", "test", "split to evaluate on, TFDS syntax")
-    f.integer("image_size", 0, "[0, inf)", f"side in pixels; 0: the data set's own, {image_size} "
-              "for toy")
+    f.integer("image_size", 0, "[0, inf)", "side in pixels; 0: the data set's own, "
+              f"{toy['image_size']} for toy")
     for name, of in toy_noise.items():
         what = name.partition("_")[0]
         f.number(name, -1.0, "[-1, 1]", f"fraction of the training pool whose {what} is exchanged "
                  f"for another example's; -1: {of:g} for toy, 0 for any other data set")
-    f.integer("toy_examples", toy_examples, "[1, inf)", "toy: size of the training pool")
-    f.number("toy_tail", toy_tail, "[0, inf)", "toy: Zipf exponent of the class sizes; 0: balanced")
+    f.integer("toy_examples", toy["examples"], "[1, inf)", "toy: size of the training pool")
+    f.number("toy_tail", toy["tail"], "[0, 10]", "toy: Zipf exponent of the class sizes; 0: balanced")
+    f.number("toy_radius", toy["radius"], "[0.15, 0.4]", "toy: mean radius of the objects, as a part "
+             "of the image's width; large ones are easier to learn")
+    f.integer("toy_domains", toy["domains"], "[0, 30]", "toy: number of domains, each with a ground "
+              "of its own; the class is then domain and shape. 0: it is colour and shape")
     f.number("toy_duplicates", 0.1, "[0, 1)", "toy: fraction of near-duplicates")
     f.number("toy_hopeless", 0.05, "[0, 1)", "toy: fraction of images of pure noise")
     f = Group("The run")

@@ -1135,10 +1135,10 @@ def test_toy_opens_both_splits():
         np.testing.assert_array_equal(got[k], world[k][[7, 3]])
     np.testing.assert_array_equal(got["tokens"][1], data.tokenize(world["caption"][3], 90))
     assert train.describe(3) == world["caption"][3]
-    assert train.class_names == test.class_names == toy.CLASSES
+    assert train.class_names == test.class_names == toy.class_names(0)
     clean = test.read(test.ids)
     assert "tokens" not in clean and not (clean["duplicate"] | clean["hopeless"]).any()
-    assert test.describe(5) == toy.CLASSES[clean["label"][5]]
+    assert test.describe(5) == toy.class_names(0)[clean["label"][5]]
     count = np.bincount(clean["label"], minlength=30)
     assert count.min() > 0.5 * count.mean()  # balanced, whatever the tail of the training pool
     # other examples than those of a training pool that is as large, clean and balanced

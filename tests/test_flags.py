@@ -22,7 +22,9 @@ def resolve(monkeypatch):
         monkeypatch.setattr(flags, "flags", types.SimpleNamespace(
             **{**vars(absl_flags), "FLAGS": values, **define}))
         monkeypatch.setattr(flags, "HELP", {})
-        flags.define_shared("script", toy_noise={"label_noise": 0.4}, toy_examples=20_000)
+        flags.define_shared("script", toy_noise={"label_noise": 0.4}, eval_every=100,
+                            toy={"image_size": 32, "examples": 9, "tail": 1.0, "radius": 0.25,
+                                 "domains": 0})
         f = flags.Group("Method")
         f.names("arms", ["one", "two"], "some arms")
         f.integer("steps", 5, "[1, inf)", "how many")

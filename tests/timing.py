@@ -25,7 +25,8 @@ def main():
     text = config.task == "image_text"
     encode, vocab = data.tokenizer(config.tokenizer)
     source, _ = data.open_splits(config, encode, context=config.context * text,
-                                 need=("caption" if text else "label",))
+                                 need=("caption" if text else "label",),
+                                 toy_image_size=rho.TOY["image_size"])
     learner, proxy = rho.build_models(config, source, vocab)
     noise = "caption_noise" if text else "label_noise"
     pool = data.Pool(source, noise=flags.planted(config, noise, rho.TOY_NOISE[noise]),
