@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import types
 
 from hypothesis import example, given, settings, strategies as st
 import jax
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import augment, data, devices, probe, report, resnet, run
+from common import augment, data, devices, flags, flops, probe, reference, resnet, train
 import dnc
 import slow_dnc
-from test_rho_learnability import assert_trees_equal, sharded
+from test_jest import assert_close, sharded
 
 MODEL = dnc.Model(resnet.ResNet("8/4", 8), hidden=8, embed=6, head_hidden=8)
 VIEWS = augment.Views(0.3, 1.0, (0.5, 0.5), (0.5, 0.5))
@@ -38,16 +39,20 @@ def on(n, fn, *in_axes):
                     devices=jax.devices()[:n])
 
 
-def conv_flops(jaxpr):
-    """2 x outputs x kernel inputs of every convolution in a jaxpr, scans included."""
+def counted_flops(jaxpr, kind):
+    """FLOPs of every 'conv' or 'dot' (of matrices) in a jaxpr, scans included."""
     total = 0
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated":
+        size = 2 * math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
+        if kind == "conv" and eqn.primitive.name == "conv_general_dilated":
             kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * (
-                math.prod(kernel) // kernel[spec[0]])
+            total += size * math.prod(kernel) // kernel[spec[0]]
+        if kind == "dot" and eqn.primitive.name == "dot_general" and eqn.outvars[0].aval.ndim == 2:
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += size * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        total += times * sum(map(conv_flops, jax.extend.core.jaxprs_in_params(eqn.params)))
+        total += times * sum(counted_flops(inner, kind) for inner in
+                             jax.extend.core.jaxprs_in_params(eqn.params))
     return total
 
 
@@ -70,7 +75,7 @@ def test_flops_are_those_of_the_convolutions(size, side):
     params, stats = jax.eval_shape(lambda: resnet.resnet_init(jax.random.key(0), config))
     jaxpr = jax.make_jaxpr(lambda p, s, x: resnet.resnet_apply(p, s, x, config, False))(
         params, stats, jax.ShapeDtypeStruct((3, side, side, 3), jnp.float32))
-    assert conv_flops(jaxpr.jaxpr) == 3 * resnet.resnet_flops(config)
+    assert counted_flops(jaxpr.jaxpr, "conv") == 3 * resnet.resnet_flops(config)
 
 
 def test_sizes_that_do_not_exist():
@@ -95,7 +100,7 @@ def test_batch_norm(on_devices, n):
         np.testing.assert_allclose(stats["mean"], mean, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(stats["var"], var, rtol=1e-4)
     y, same = resnet.batch_norm(p, stats, x, train=False)
-    assert_trees_equal(same, stats)
+    assert_close(same, stats, rtol=0)
     np.testing.assert_allclose(y, (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * p["scale"]
                                + p["bias"], rtol=1e-4, atol=1e-4)
 
@@ -374,10 +379,6 @@ def contrast_start(n_steps=10):
     return devices.to_host(dnc.new_state(jax.random.key(0), MODEL, OPTIMISER, n_steps))
 
 
-def assert_close(a, b, **how):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **how), a, b)
-
-
 def test_three_steps_on_four_devices_are_those_of_one():
     start = contrast_start()
     one, four = (in_steps(n, CONTRAST[True], start) for n in (1, 4))
@@ -534,9 +535,9 @@ def test_memory_is_a_tile_s_not_the_product_s():
     assert compiled.memory_analysis().temp_size_in_bytes < n * k * 4 / 4
 
 
-def test_divide_fits_on_some_and_assigns_all():
+def test_clusters_are_fitted_on_some_and_assigned_to_all():
     x = np.concatenate([normal(i, 30, 4) * 0.1 + 5 * normal(20 + i, 4) for i in range(3)])
-    cluster_N, seconds = dnc.divide(jax.random.key(0), x, 3, examples=45, restarts=4,
+    cluster_N, seconds = dnc.cluster(jax.random.key(0), x, 3, examples=45, restarts=4,
                                     iterations=10, seed=0)
     truth = np.repeat(np.arange(3), 30)
     assert probe.nmi(cluster_N, truth) == pytest.approx(1) and seconds > 0
@@ -623,20 +624,10 @@ def test_lloyd_stops_where_no_centre_moves(monkeypatch):
     assert np.abs(centres - before).max() > 1e-3
 
 
-def test_clusters_go_by_direction_and_are_timed(monkeypatch, tmp_path):
-    rng, truth = np.random.default_rng(0), np.arange(60) % 3
-    h = 10 ** rng.uniform(-1, 1, (60, 1)) * (np.eye(3)[truth] + 0.05 * rng.normal(size=(60, 3)))
-    monkeypatch.setattr(dnc, "features", lambda *_: ({"h": np.float32(h)}, 100.0))
-    pool = data.Pool(data.open_source("toy", "train", image_size=8, toy_knobs=dict(n=60)))
-    cluster_N, seconds = dnc.clusters(str(tmp_path / "clusters.npz"), jax.random.key(0), {}, None,
-                                      pool, 8, 3, examples=60, restarts=4, iterations=10, seed=0)
-    assert probe.nmi(cluster_N, truth) == pytest.approx(1) and 100 < seconds < 200
-
-
-def test_divide_knows_its_examples_alone():
+def test_clusters_know_their_examples_alone():
     """Fitted on as many points as clusters, each of those has a cluster of its own."""
     x = np.concatenate([normal(i, 30, 4) * 0.1 + 5 * normal(20 + i, 4) for i in range(3)])
-    seen = [dnc.divide(jax.random.key(0), x, 3, examples=3, restarts=1, iterations=2, seed=seed)[0]
+    seen = [dnc.cluster(jax.random.key(0), x, 3, examples=3, restarts=1, iterations=2, seed=seed)[0]
             for seed in range(3)]
     truth = np.repeat(np.arange(3), 30)
     assert min(probe.nmi(cluster_N, truth) for cluster_N in seen) < 0.9
@@ -709,7 +700,8 @@ def test_blocks_suffice_for_any_mix_and_are_what_runs(n, k):
     jaxpr = jax.make_jaxpr(lambda e, x, c: dnc.own_expert(e, x, c, MODEL))(
         shapes, jax.ShapeDtypeStruct((n, 8, 8, 3), jnp.float32),
         jax.ShapeDtypeStruct((n,), jnp.int32))
-    assert conv_flops(jaxpr.jaxpr) == size * n_blocks * resnet.resnet_flops(MODEL.encoder)
+    per_image = resnet.resnet_flops(MODEL.encoder)
+    assert counted_flops(jaxpr.jaxpr, "conv") == size * n_blocks * per_image
 
 
 def stacked_abstract(k):
@@ -727,7 +719,7 @@ def test_distillation_on_four_devices_is_that_of_one():
     one, four = (in_steps(n, DISTIL, start) for n in (1, 4))
     assert_close(one, four, rtol=2e-3, atol=3e-4)
     for teacher in ("base", "experts"):  # no gradient, no batch statistics
-        assert_trees_equal(one[0][teacher], start[teacher])
+        assert_close(one[0][teacher], start[teacher], rtol=0)
 
 
 def test_an_expert_teaches_its_own_cluster_only():
@@ -736,11 +728,12 @@ def test_an_expert_teaches_its_own_cluster_only():
     rows = batch() | {"cluster": np.array([0, 2] * 4, np.int32)}
     run = lambda nets, rows: one_step(1, DISTIL, student(nets), 5, rows)
     (a, loss_a), (b, loss_b) = run(nets, rows), run([nets[0], frozen(9), nets[2]], rows)
-    assert_trees_equal(a["learner"], b["learner"])
+    assert_close(a["learner"], b["learner"], rtol=0)
     (a, _), (b, _) = (run(n, batch()) for n in (nets, [nets[0], frozen(9), nets[2]]))
     heads = a["learner"]["params"]["heads"], b["learner"]["params"]["heads"]
     assert not np.array_equal(heads[0]["expert1"]["down"]["b"], heads[1]["expert1"]["down"]["b"])
-    assert_trees_equal(heads[0]["expert0"], heads[1]["expert0"])  # through the encoder only, later
+    # the other heads only notice later, through the encoder
+    assert_close(heads[0]["expert0"], heads[1]["expert0"], rtol=0)
 
 
 ENCODE = functools.partial(resnet.resnet_apply, config=MODEL.encoder, train=True)
@@ -787,10 +780,10 @@ def test_a_given_start_is_taken_whole():
     given["target"] = jax.tree.map(lambda x: x + 0.5, given["target"])
     state = dnc.new_state(jax.random.key(0), MODEL, OPTIMISER, 10, given)
     for tree in (state["learner"]["params"], state["target"]):  # the momentum encoder starts anew
-        assert_trees_equal(tree, given["learner"]["params"])
-    assert_trees_equal(state["stats"], given["stats"])
-    assert_trees_equal(dnc.encoder_of(given), {"params": given["learner"]["params"]["encoder"],
-                                               "stats": given["stats"]["encoder"]})
+        assert_close(tree, given["learner"]["params"], rtol=0)
+    assert_close(state["stats"], given["stats"], rtol=0)
+    assert_close(dnc.encoder_of(given), {"params": given["learner"]["params"]["encoder"],
+                                               "stats": given["stats"]["encoder"]}, rtol=0)
     base = frozen(7)
     for from_base in (False, True):
         state = dnc.new_student(jax.random.key(0), MODEL, OPTIMISER, 10, base, (), from_base)
@@ -824,74 +817,65 @@ def test_a_visit_costs_what_the_paper_s_stages_do():
     assert got < 1.3 * slow_dnc.visits_cost("distil")
 
 
+CONFIG = flags.Namespace(
+    arms=list(dnc.ARMS), steps=100, base_fraction=1 / 3, experts_fraction=1 / 2,
+    distil_fraction=1 / 6, batch_size=16, clusters=4, kmeans_examples=300, restarts=2,
+    kmeans_iterations=5, weight_decay=0.0, expert_init="base", student_init="scratch")
+
+
 @pytest.mark.parametrize("arm", dnc.ARMS)
 def test_visits_and_flops_add_up(arm):
-    fractions = (1 / 3, 1 / 2, 1 / 6)
-    shared = dict(K=4, n_all=500, n_fit=300, restarts=2, iterations=5)
-    flops = lambda arm, n=0: dnc.declared_flops(arm, dnc.plan(arm, 100, fractions, n), 16, MODEL,
-                                                **shared)
+    steps_of = dnc.budget(CONFIG, MODEL, 500)
+    bill, dnc_bill = (dnc.declared_flops(a, steps_of[a], MODEL, CONFIG, 500) for a in (arm, "dnc"))
     base = dnc.step_flops("base", 16, MODEL)
-    n = round(sum(flops("dnc").values()) / base)
-    steps = dnc.plan(arm, 100, fractions, n)
-    assert sum(steps.values()) == (n if arm == "moclr_flops" else 100)
-    assert bool(steps["experts"]) == (arm in dnc.DIVIDES)
+    assert bill["clustering"] == (500 * resnet.resnet_flops(MODEL.encoder) + dnc.kmeans_flops(
+        300, 500, 4, MODEL.encoder.features, 2, 5) if arm in ("dnc", "dnc_random") else 0)
     if arm == "moclr_flops":
-        assert abs(sum(flops(arm, n).values()) - sum(flops("dnc").values())) <= base / 2
-    assert report.total_flops(flops(arm, n)) == sum(flops(arm, n).values())
+        assert abs(sum(bill.values()) - sum(dnc_bill.values())) <= base / 2
+    else:
+        assert sum(steps_of[arm].values()) == 100
+    assert bool(steps_of[arm]["experts"]) == (arm in dnc.DIVIDES)
+    assert bill["base"] == steps_of[arm]["base"] * base
+    assert bill["experts"] == steps_of[arm]["experts"] * base
+    assert flops.total_flops(bill) == sum(bill.values())
 
 
 def test_kmeans_flops_count_its_products():
     """The products of an assignment, by a walk over the jaxpr; times iterations and restarts."""
     n, K, D, iterations = 64, 5, 7, 3
-
-    def dots(jaxpr):
-        total = 0
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "dot_general" and len(eqn.outvars[0].aval.shape) == 2:
-                (contracted, _), _ = eqn.params["dimension_numbers"]
-                total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(
-                    eqn.invars[0].aval.shape[i] for i in contracted)
-            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-            total += times * sum(map(dots, jax.extend.core.jaxprs_in_params(eqn.params)))
-        return total
     jaxpr = jax.make_jaxpr(lambda x, c: dnc.nearest(x, c, jnp.ones(n), tile=16))(
         jnp.zeros((n, D)), jnp.zeros((K, D)))
-    assert dots(jaxpr.jaxpr) == 2 * n * K * D
+    assert counted_flops(jaxpr.jaxpr, "dot") == 2 * n * K * D
     got = dnc.kmeans_flops(n, 2 * n, K, D, 2, iterations)
     candidates = 1 + (K - 1) * 3
     once = 3 * n * candidates * D + iterations * (2 * n * K * D + 4 * n * D) + n * D * (2 * K + 3)
     assert got == 2 * once + 2 * n * D * (2 * K + 3)
 
 
-def test_the_bill_of_heads_and_clusters():
+def test_every_head_is_billed():
     b, D = 12, MODEL.encoder.features
     thin = dnc.Model(MODEL.encoder, 8, 6, head_hidden=0)
     heads = [dnc.step_flops("distillation", b, m, K=5) for m in (MODEL, thin)]
     assert heads[0] - heads[1] == 3 * b * 6 * 2 * (D * 8 + 8 * D)
-    shared = dict(K=4, n_all=500, n_fit=300, restarts=2, iterations=5)
-    for arm in dnc.ARMS:
-        got = dnc.declared_flops(arm, dnc.plan(arm, 100, (0.3, 0.3, 0.4)), 16, MODEL, **shared)
-        assert got["clustering"] == (500 * resnet.resnet_flops(MODEL.encoder) + dnc.kmeans_flops(
-            300, 500, 4, D, 2, 5) if arm in ("dnc", "dnc_random") else 0)
 
 
 def test_programs_get_their_flags(monkeypatch):
-    monkeypatch.setattr(devices, "Program", lambda step, *_, **__: step.keywords)
-    flags = dict(weight_decay=0.5, warmup=0.1, crop_area=0.2, jitter=0.4, blur=[0.9, 0.1],
+    monkeypatch.setattr(devices, "pmap", lambda step, *_, **__: step.keywords)
+    given = dict(weight_decay=0.5, warmup=0.1, crop_area=0.2, jitter=0.4, blur=[0.9, 0.1],
                  solarise=[0.0, 0.2], batch_size=64, temperature=0.3, m0=0.9, learning_rate=2.0,
                  distil_learning_rate=3.0, same_view_negatives=False, clusters=4)
-    steps = dnc.make_steps(run.Namespace(flags), MODEL, 7)
-    assert set(steps) == {"moclr", ("distil", 0), ("distil", 4)}
+    steps = dnc.make_steps(flags.Namespace(given), MODEL, 7)
+    assert set(steps) == {"contrast", ("distil", 0), ("distil", 4)}
     w = {"w": normal(0, 3, 2)}
     for name, knobs in steps.items():
         assert knobs["views"] == augment.Views(0.2, 0.4, *(
-            ((0.9, 0.1), (0.0, 0.2)) if name == "moclr" else ((0.5, 0.5), (0.1, 0.1))))
-        assert knobs["peak"] == (2.0 if name == "moclr" else 3.0) / 4
+            ((0.9, 0.1), (0.0, 0.2)) if name == "contrast" else ((0.5, 0.5), (0.1, 0.1))))
+        assert knobs["peak"] == (2.0 if name == "contrast" else 3.0) / 4
         learner = {"params": w, "opt": knobs["optimiser"].init(w)}
         got = dnc.update(learner, {"w": 0 * w["w"]}, knobs["optimiser"], 1.0)
         np.testing.assert_allclose(got["params"]["w"], (1 - 1e-3) * w["w"], rtol=1e-5)  # decays
-    assert (steps["moclr"]["temperature"], steps["moclr"]["m0"]) == (0.3, 0.9)
-    assert steps["moclr"]["same_view_negatives"] is False
+    assert (steps["contrast"]["temperature"], steps["contrast"]["m0"]) == (0.3, 0.9)
+    assert steps["contrast"]["same_view_negatives"] is False
 
 
 # ------------------------------------------------------------------------------------- probes
@@ -973,25 +957,24 @@ def test_metrics_are_of_the_test_pool_by_what_training_says():
                                  "middle": 0, "tail": 0})
 
 
+def toy(n, split="train"):
+    return data.Pool(data.open_source("toy", split, image_size=8, need=("label",),
+                                      toy_knobs=dict(n=n)))
+
+
 def test_features_are_the_whole_image_s_in_evaluation_mode():
-    net, pool = frozen(0), data.Pool(data.open_source("toy", "train", image_size=8,
-                                                      toy_knobs=dict(n=20)))
-    got, _ = dnc.features(net, dnc.make_forward(MODEL), pool, 8)
-    truth = pool.read(pool.ids)
-    image = (np.float32(truth["image"]) / 255 - augment.MEAN) / augment.DEVIATION
-    np.testing.assert_allclose(got["h"], resnet.resnet_apply(
-        net["params"], net["stats"], image, MODEL.encoder, False)[0], rtol=1e-3, atol=1e-4)
-    np.testing.assert_array_equal(got["label"], truth["label"])
-
-
-def test_the_training_pool_is_the_first(monkeypatch):
-    monkeypatch.setattr(dnc, "features", lambda net, forward, pool, b: (pool, 0.0))
-    monkeypatch.setattr(probe, "knn_metrics", lambda *args: {"knn": args})
-    monkeypatch.setattr(probe, "linear_metrics", lambda *args: {"linear": args})
-    state = {"learner": {"params": {"encoder": 0}}, "stats": {"encoder": 0}}
-    metrics_of, at_end = dnc.evaluator(MODEL, None, ("train", "test"), 8, 6, {"nmi": 0.5})
-    assert metrics_of(state) == {"knn": ("train", "test", 6)}
-    assert at_end(state) == {"linear": ("train", "test", 6), "nmi": 0.5}
+    """And an evaluation compares those of the training pool, the first, with the test pool's."""
+    net, forward = frozen(0), dnc.make_forward(MODEL)
+    pools = toy(64), toy(24).subset(np.arange(20))
+    got = [reference.forward_all(net, forward, pool, 8)[0] for pool in pools]
+    for pool, g in zip(pools, got):
+        truth = pool.read(pool.ids)
+        image = (np.float32(truth["image"]) / 255 - augment.MEAN) / augment.DEVIATION
+        np.testing.assert_allclose(g["h"], represent(net, image, MODEL), rtol=1e-3, atol=1e-4)
+        np.testing.assert_array_equal(g["label"], truth["label"])
+    on_the_way, at_end = (dnc.evaluate(net, forward, pools, 8, 30, ends) for ends in (False, True))
+    assert on_the_way == probe.knn_metrics(*got, 30)
+    assert at_end == on_the_way | probe.linear_metrics(*got, 30)
 
 
 def test_batches_seen_are_means_over_experts():
@@ -999,3 +982,141 @@ def test_batches_seen_are_means_over_experts():
             for j, h, c in ((0, 3.0, 6.0), (11, 5.0, 7.0))]
     assert dnc.batches_seen([{"arm": "dnc"}, *rows]) == (
         "dnc_expert: 6.5 effective classes in a batch, log sum exp of the negatives 4.00")
+
+
+# ---------------------------------------------------------------------------- what a stage is given
+
+
+class FakeStage:
+    """In the place of `train.Stage`. It notes in `told[name]` what it is given. A stage that has
+    ended before gives its last state again, as a checkpoint does."""
+
+    def __init__(self, told, name, seed, steps, spent=None):
+        self.note, self.name, self.steps, self.step = told.setdefault(name, {}), name, steps, 0
+        self.note |= {"spent": spent, "totals": (spent or train.Totals()).plus(seconds=1.0)}
+        self.totals = self.note["totals"]
+
+    def resume(self, state):
+        return self.note.get("end") or self.note.setdefault("start", state)
+
+    def batches(self, load):
+        if "end" not in self.note:
+            self.note["batches"] = list(load(0))
+            yield from enumerate(self.note["batches"])
+
+    def count(self, metrics, **cost):
+        self.note |= {"key": metrics, "cost": cost}
+        self.step += 1
+
+    ends = property(lambda self: self.step == self.steps)
+    evaluates = property(lambda self: self.ends and self.name in ("dnc", "dnc_expert0"))
+
+    def write(self, metrics):
+        self.note["metrics"] = metrics
+
+    def save(self, state):
+        self.note["end"] = state
+
+
+def fake_step(state, index, key, batch):
+    """Moves what is trained, but not the momentum encoder, by an amount of its own."""
+    by = 1e-3 * float(jax.random.uniform(key))
+    learner, stats = jax.tree.map(lambda x: np.asarray(x) + by, (state["learner"], state["stats"]))
+    return {**state, "learner": learner, "stats": stats}, jax.random.key_data(key).tolist()
+
+
+def by_label(net, batch):
+    """In the place of `make_forward`: representations in three directions, of any length."""
+    rows = {k: v.reshape(-1, *v.shape[2:]) for k, v in batch.items()}
+    length = 10 ** (rows["image"][:, 0, 0, :1] / 128.0 - 1)
+    return {"h": np.float32(length * np.eye(3)[rows["label"] % 3]),
+            "label": rows["label"], "valid": rows["valid"]}
+
+
+@pytest.fixture(scope="module")
+def experiments(tmp_path_factory):
+    """Of each of two seeds: pool, {stage: what it was given}, {arm: (clusters, nmi)}."""
+    out = []
+    for seed in (0, 1):
+        told, pool, folder = {}, toy(120), tmp_path_factory.mktemp("experiment")
+        one = dnc.Experiment(
+            config=flags.Namespace(CONFIG, batch_size=8, clusters=3, steps=24), seed=seed,
+            run=types.SimpleNamespace(path=lambda name: str(folder / name),
+                                      stage=functools.partial(FakeStage, told)),
+            model=MODEL, pool=pool, label_N=pool.read(pool.ids)["label"], test_pool=toy(8),
+            n_classes=30, forward=by_label,
+            steps={k: fake_step for k in ("contrast", ("distil", 0), ("distil", 3))})
+        out.append((pool, told, {arm: one.run_arm(arm, steps) for arm, steps in
+                                 dnc.budget(one.config, MODEL, 120).items()}))
+    return out
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_experts_train_on_their_clusters_from_the_base(experiments, seed):
+    pool, told, found = experiments[seed]
+    place = {x.tobytes(): i for i, x in enumerate(pool.read(pool.ids)["image"])}
+    assert len(place) == 120
+    base = dnc.encoder_of(told["base"]["end"])
+    for arm in dnc.DIVIDES:
+        cluster_N, student = found[arm][0], told[arm]
+        experts = [told[f"{arm}_expert{j}"] for j in range(3)]
+
+        def clusters(stage):
+            return [cluster_N[[place[x.tobytes()] for x in b["image"].reshape(-1, 8, 8, 3)]]
+                    for b in stage["batches"]]
+        for j, expert in enumerate(experts):
+            assert (np.array(clusters(expert)) == j).all()
+            assert_close(dnc.encoder_of(expert["start"]), base, rtol=0)
+            assert expert["start"]["total"] == len(expert["batches"])
+            assert expert["cost"]["flops"] == {"experts": dnc.step_flops("experts", 8, MODEL)}
+        assert sum(len(expert["batches"]) for expert in experts) == 12
+        np.testing.assert_array_equal([b["cluster"].ravel() for b in student["batches"]],
+                                      clusters(student))
+        assert_close(student["start"]["base"], base, rtol=0)
+        assert_close(student["start"]["experts"], stacked([
+            dnc.encoder_of(expert["end"]) for expert in experts]), rtol=0)
+        assert not np.array_equal(jax.tree.leaves(dnc.encoder_of(student["start"]))[0],
+                                  jax.tree.leaves(base)[0])
+        assert len({str(s["key"]) for s in (told["base"], student, *experts)}) == 5
+        for before, after in itertools.pairwise([*experts, student]):
+            assert after["spent"] == before["totals"]
+        assert student["cost"]["flops"] == {
+            "distillation": dnc.step_flops("distillation", 8, MODEL, K=3)}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_clusters_go_by_direction_and_are_made_and_charged_once(experiments, seed):
+    pool, told, found = experiments[seed]
+    label_N = pool.read(pool.ids)["label"]
+    assert probe.nmi(found["dnc"][0], label_N % 3) == pytest.approx(1)
+    for arm in dnc.DIVIDES:
+        assert found[arm][1] == probe.nmi(found[arm][0], label_N)
+        expected = dnc.partition(arm, found["dnc"][0], label_N, 3, seed)
+        np.testing.assert_array_equal(found[arm][0], expected)
+    first, again, oracle = (told[f"{arm}_expert0"]["spent"] for arm in dnc.DIVIDES)
+    assert first == again and first.seconds > 1 and first.examples_scored == 120
+    assert set(first.flops) == {"clustering"} and oracle == told["base"]["totals"]
+    assert told["dnc"]["metrics"]["nmi"] == found["dnc"][1]
+    assert "linear_probe" in told["dnc"]["metrics"] and told["dnc_expert0"]["metrics"] == {}
+
+
+def test_controls_have_no_experts(experiments):
+    _, told, found = experiments[0]
+    student, flops_steps = told["self_distil"], told["moclr_flops"]["start"]["total"]
+    assert "experts" not in student["start"] and "cluster" not in student["batches"][0]
+    assert_close(student["start"]["base"], dnc.encoder_of(told["base"]["end"]), rtol=0)
+    assert len(student["batches"]) == len(told["dnc"]["batches"]) + 12
+    assert student["spent"] == told["base"]["totals"]
+    for arm, steps in (("moclr", 24), ("moclr_flops", flops_steps)):
+        assert len(told[arm]["batches"]) == steps
+        assert found[arm] == (None, None) and told[arm]["spent"] is None
+        assert told[arm]["cost"] == {"trained": 8, "scored": 8,
+                                     "flops": {"base": dnc.step_flops("base", 8, MODEL)}}
+
+
+@pytest.mark.parametrize("name", ["moclr", "base", "dnc_expert0", "dnc"])
+def test_seeds_are_different_runs(experiments, name):
+    one, two = (told[name] for _, told, _ in experiments)
+    assert one["key"] != two["key"]
+    for what in ("start", "batches"):
+        assert not np.array_equal(*(jax.tree.leaves(x[what])[0] for x in (one, two)))

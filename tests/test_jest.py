@@ -284,8 +284,7 @@ def test_pi_resize(old, new):
 
 
 def tiny(loss="sigmoid", size="16/1/32/2"):
-    return jest.Model(loss, vit.ViT(size, 16, 4, 6, channels=2, pool="map"),
-                      vit.Text(size, 20, 5, 6, pool="map"))
+    return jest.Model(loss, vit.ViT(size, 16, 4, 6, channels=2), vit.Text(size, 20, 5, 6))
 
 
 def tiny_reference(loss="sigmoid"):
@@ -604,7 +603,7 @@ def test_no_super_batch_in_parts():
 
 
 def test_first_weights():
-    init = jax.jit(jest.init, static_argnums=1)
-    params = init(jax.random.key(0), tiny())
+    params = jax.jit(lambda key: jest.logit_scale_and_bias(jest.init(key, tiny())))(
+        jax.random.key(0))
     assert float(params["b"]) == -10 and float(jnp.exp(params["log_t"])) == pytest.approx(10)
     assert "b" not in jax.eval_shape(lambda: jest.init(jax.random.key(0), tiny("softmax")))
