@@ -91,7 +91,6 @@ def test_stages_add_up_to_the_declared_total(finished):
 def test_the_clusters_are_a_partition(finished):
     with np.load(finished[0] / "assignment-0.npz") as f:
         cluster, made_by = f["cluster"], json.loads(str(f["made_by"]))
-        np.testing.assert_array_equal(f["id"], np.arange(200))
     assert cluster.shape == (200,) and set(cluster) <= {0, 1, 2}
     assert made_by["clusters"] == 3 and {"weights", "data", "ids"} <= set(made_by)
 
@@ -176,7 +175,7 @@ REFUSED = {
     "blur": (["--blur=1"], "--blur", "two probabilities"),
     "solarise": (["--solarise=0,x"], "--solarise", "two probabilities"),
     "model size": (["--model=34"], "--model", "'34'", "6n"),
-    "tiny images": (["--image_size=4"], "--image_size", "8 px"),
+    "tiny images": (["--image_size=4"], "--image_size", "at least 8"),
     "no labels": (["--dataset={captioned}", "--image_size=16"], "--dataset",
                   "no feature 'label'"),
     "damaged clusters": (["--workdir={damaged}", ALL], "assignment-0.npz is damaged", "delete"),
