@@ -8,7 +8,7 @@ over its pairs, divided by its size: the learner's loss minus the reference's. F
 given relative to a uniform sub-batch (0) and to the plateau of a Gibbs sampler of the same
 distribution (1), and again with one chunk as the 0. The sampler starts from the joint draw with the
 most chunks. The two halves of the second half of its sweeps are compared, to see whether it has
-settled. Of the picks it is also said how many float64 would have drawn differently. The mean and the
+settled. It also says how many picks float64 would have drawn differently. The mean and the
 deviation are over the seeds. Not a test: nothing is asserted.
 """
 
@@ -17,12 +17,11 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from absl import app, flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import checkpoint, data, run
+from common import data, flags, reference
 import jest
 import slow_jest
 
@@ -43,54 +42,52 @@ def first_uniform(key, gain, learner, reference, n_select, n_chunks):
         lambda k, score_N: jnp.where(k == 0, 0.0, score_N), add_chunk, score_gain=gain, axis=None)
 
 
-def main(_):
-    F = flags.FLAGS
-    config, _ = run.resolve(jest.PRESETS)
-    encode, vocab = data.tokenizer(config.tokenizer or "bytes")
-    source = data.open_source(
-        config.dataset, config.split, data_dir=config.data_dir, image_size=config.image_size,
-        context=config.context, encode=encode, need=("caption",), toy_knobs=run.toy_knobs(config))
-    model = jest.build_model(config, config.model, source, vocab)
+def main():
+    config, _ = flags.resolve(jest.PRESETS)
+    b = config.sub_batch
+    noise = flags.planted(config, "caption_noise", jest.TOY_NOISE["caption_noise"])
+    encode, vocab = data.tokenizer(config.tokenizer)
+    source, _ = data.open_splits(config, encode, context=config.context, need=("caption",))
+    model = jest.build_model(config, "model", source, vocab)
     template = jax.eval_shape(lambda: jest.init(jax.random.key(0), model))
     embed = jax.jit(jest.embed, static_argnums=2)
     sample = {"self": jax.jit(lambda key, gain, learner, reference, n_chunks: jest.jointly_sample(
-        key, learner, reference, F.sub_batch, n_chunks, score_gain=gain), static_argnums=4),
+        key, learner, reference, b, n_chunks, score_gain=gain), static_argnums=4),
               "uniform": jax.jit(lambda key, gain, learner, reference, n_chunks: first_uniform(
-        key, gain, learner, reference, F.sub_batch, n_chunks), static_argnums=4)}
+        key, gain, learner, reference, b, n_chunks), static_argnums=4)}
     results = {}
     for seed in config.seeds:
-        learner, reference = (checkpoint.restore_params(
-            os.path.join(config.workdir, "checkpoints", f"{name}-{seed}"), template, "workdir")[0]
-            for name in ("jest", "reference"))
-        whole = data.Pool(source, noise=config.caption_noise, field="tokens", seed=seed)
+        both = [reference.load(os.path.join(config.workdir, "checkpoints", f"{name}-{seed}"),
+                               template, {}, "workdir")[0] for name in ("jest", "reference")]
+        whole = data.Pool(source, noise=noise, field="tokens", seed=seed)
         rest = whole.subset(data.split(whole.ids, config.curated_fraction, seed)[1])
-        largest = round(F.sub_batch / (1 - max(RATIOS)))
+        largest = round(b / (1 - max(RATIOS)))
         batch = rest.read(np.random.default_rng(seed).permutation(rest.ids)[:largest])
-        models = [jax.device_get(embed(params, batch, model)) for params in (learner, reference)]
+        models = [jax.device_get(embed(params, batch, model)) for params in both]
         rng = np.random.default_rng(seed)
         for f in RATIOS:
-            B = round(F.sub_batch / (1 - f))
+            B = round(b / (1 - f))
             cut = [{k: v[:B] if v.ndim else v for k, v in m.items()} for m in models]
             S = slow_jest.score_matrix("learnability", *cut)
             score = lambda picks: S[np.ix_(picks, picks)].sum() / len(picks)
-            uniform = np.mean([score(rng.permutation(B)[:F.sub_batch]) for _ in range(20)])
+            uniform = np.mean([score(rng.permutation(B)[:b]) for _ in range(20)])
             results.setdefault(("uniform", f), []).append(uniform)
             for gain in GAINS:
                 for first in ("self", "uniform"):
                     for n_chunks in CHUNKS:
                         picks = [np.asarray(sample[first](jax.random.key(k), gain, *cut, n_chunks))
-                                 for k in range(F.draws)]
+                                 for k in range(config.draws)]
                         results.setdefault((gain, f, first, n_chunks), []).append(
                             np.mean([score(p) for p in picks]))
-                _, sweeps = slow_jest.gibbs(rng, "learnability", *cut, picks[0], F.sweeps, gain)
-                sweeps = sweeps / F.sub_batch
-                third, fourth = np.mean(sweeps[-F.sweeps // 2:-F.sweeps // 4]), np.mean(
-                    sweeps[-F.sweeps // 4:])
+                _, sweeps = slow_jest.gibbs(rng, "learnability", *cut, picks[0], config.sweeps,
+                                            gain)
+                _, _, third, fourth = (np.mean(part) / b for part in np.array_split(sweeps, 4))
                 results.setdefault((gain, f, "gibbs"), []).append(fourth)
                 results.setdefault((gain, f, "drift"), []).append(fourth - third)
             if f == 0.8:
-                results.setdefault("differ", []).append(differing(cut, S, F.sub_batch, F.draws))
-    show(results, config.seeds, F)
+                results.setdefault("differ", []).append(
+                    differing(cut, S, b, config.draws))
+    show(results, config)
 
 
 def differing(models, S, n_select, draws, n_chunks=16, gain=100.0):
@@ -108,11 +105,12 @@ def differing(models, S, n_select, draws, n_chunks=16, gain=100.0):
     return np.mean(counts)
 
 
-def show(results, seeds, F):
+def show(results, config):
     stat = lambda v: f"{np.mean(v):6.2f} +- {np.std(v, ddof=1) if len(v) > 1 else 0:.2f}"
-    print(f"b = {F.sub_batch}, {len(seeds)} seeds, {F.draws} draws each, {F.sweeps} Gibbs sweeps")
+    print(f"b = {config.sub_batch}, {len(config.seeds)} seeds, {config.draws} draws each, "
+          f"{config.sweeps} Gibbs sweeps")
     print(f"picks that differ from float64's at f = 0.8, 16 chunks, gain 100: "
-          f"{stat(results['differ'])} of {F.sub_batch}")
+          f"{stat(results['differ'])} of {config.sub_batch}")
     print("\nfilter curve, 16 chunks: score above a uniform sub-batch's, f = 0.5 being 1")
     for gain in GAINS:
         for first in ("self", "uniform"):
@@ -138,7 +136,8 @@ def show(results, seeds, F):
 
 if __name__ == "__main__":
     jest.define_flags()
-    flags.DEFINE_integer("sub_batch", 256, "b")
-    flags.DEFINE_integer("draws", 4, "sub-batches that are drawn and averaged, in each setting")
-    flags.DEFINE_integer("sweeps", 40, "of the Gibbs sampler")
-    app.run(main)
+    f = flags.Group("This measurement")
+    f.integer("sub_batch", 256, "[1, inf)", "b")
+    f.integer("draws", 4, "[1, inf)", "sub-batches that are drawn and averaged, in each setting")
+    f.integer("sweeps", 40, "[4, inf)", "of the Gibbs sampler")
+    flags.run(main)
