@@ -22,9 +22,11 @@ from processes import (ROOT, Command, assert_close, assert_refused, gut, has_row
                        start_two, trained, without_clocks)
 
 MODEL = ("--learner=16/1/32/2", "--proxy=8/1/16/1", "--patch=16")
-METHOD = ("--ratio=2", "--score_gain=1", "--reference=in_domain", "--reference_steps=0",
+TOY = ("--toy_examples=600", "--eval_split=train", "--image_size=32", "--toy_radius=0.25",
+       "--toy_tail=1")
+METHOD = ("--arms=uniform,learnability", "--ratio=2", "--score_gain=1", "--reference=in_domain", "--reference_steps=0",
           "--reference_noise=-1", "--learning_rate=1e-3")
-TINY = ("--toy_examples=600", "--steps=9", "--batch_size=8", "--eval_every=3", "--staleness=2",
+TINY = (*TOY, "--steps=9", "--batch_size=8", "--eval_every=3", "--staleness=2",
         *METHOD, *MODEL)  # staleness: so that old weights too must come back after a kill
 TWIN = vit.ViT("16/1/32/2", 32, 16, 30)  # the learner, as the reference of one run
 THREE = "--arms=uniform,learnability,hard_learner"
@@ -281,7 +283,7 @@ REFUSED = {  # flags, then what the line must name: the flag or file, and the me
     "no captions": (["--dataset={labelled}", "--image_size=16", *IMAGE_TEXT], "--dataset",
                     "no feature 'caption'", "label", "--task"),
     "no labels": (["--dataset={captioned}"], "--dataset", "no feature 'label'", "caption", "--task"),
-    "images of several sizes": (["--dataset={labelled}"], "--dataset", "--image_size"),
+    "images of several sizes": (["--dataset={labelled}", "--image_size=0"], "--dataset", "--image_size"),
     "unknown split": (["--dataset={captioned}", *IMAGE_TEXT, "--split=trian"], "split.*trian",
                       "train"),
     "unknown split of toy": (["--eval_split=val"], "split.*val", "train, test"),

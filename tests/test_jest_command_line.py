@@ -15,7 +15,8 @@ import jest
 from processes import (ROOT, Command, assert_refused, gut, has_row, refusals, rows, trained,
                        without_clocks)
 
-TINY = ("--toy_examples=160", "--eval_split=train", "--steps=9", "--active_steps=0",
+TINY = ("--image_size=32", "--toy_radius=0.25", "--toy_tail=1", "--tokenizer=bytes", "--pool=map",
+        "--toy_examples=160", "--eval_split=train", "--steps=9", "--active_steps=0",
         "--reference_steps=6", "--batch_size=8", "--eval_every=3", "--model=16/1/32/1", "--patch=8",
         "--low_patch=16", "--context=24", "--embed=8", "--n_chunks=3", "--filter_ratio=0.5",
         "--curated_fraction=0.2", "--learning_rate=1e-3",
