@@ -10,7 +10,7 @@ batch is worth more than the sum of its examples. JEST therefore chooses a batch
   5. update the learner on T, with the ordinary contrastive loss              `update`
 With the softmax loss, 3 and 4 are `jointly_sample_softmax` (Algorithm 3). Flexi-JEST scores at a
 coarser patch, and trains half of T at it (`at_patch`, `embed_flexi`). `step_flops` keeps the bill.
-The reference is trained first, on a small curated part of the pool.
+The reference is trained first, on a small curated part of the pool. Or it is a published SigLIP.
 
 Dimension letters: B super-batch, N a device's share of it, S sub-batch (b), C chunk, K chunks,
 A all rows of a batch on all devices, E embedding, P patch side, D width, H W image. T is the
@@ -32,7 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common import data, devices, flags, flops, picks, reference, report, retrieval, train, vit
+from common import data, devices, flags, flops, picks, reference, report, retrieval, siglip
+from common import train, vit
 from common.devices import AXIS
 
 SELECTS = ("independent", "jest", "flexi_jest")
@@ -80,7 +81,11 @@ def define_flags():
     f.text("reference_dataset", None, "train the reference on another data set, whole")
     f.text("reference", "curated", "'curated': trained first, on the curated part or on "
            "--reference_dataset; or the checkpoint directory of such a stage ('{seed}' is filled "
-           "in)")
+           "in); or published SigLIP weights: a .npz file (big_vision's), a .safetensors file "
+           "(Hugging Face's), or the directory with the latter and its config.json")
+    f.text("reference_tokenizer", None, "published weights: their sentencepiece model file")
+    f.integer("reference_image_size", 0, "[0, inf)", "published weights: side in pixels of the "
+              "images that they see; 0: that of the file")
     f.choice("reference_scores", "cached", ["cached", "computed"], "embed the pool once, by "
              "example id, or each super-batch as it comes")
     f.integer("low_patch", 16, "[1, inf)", "patch at which flexi_jest scores, and trains a half "
@@ -167,6 +172,11 @@ def unit(x_NE):
 def logit_scale_and_bias(params):
     """{'log_t'} of the softmax loss, {'log_t', 'b'} of the sigmoid loss."""
     return {k: params[k] for k in ("log_t", "b") if k in params}
+
+
+def embedding_width(model):
+    """E. A tower without a head (n_out 0) gives its own width."""
+    return model.text.n_out or vit.size(model.text.size)[0]
 
 
 def forward_flops(model):
@@ -632,7 +642,7 @@ def select(key, learner, reference, method, loss):
 
 
 def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chunks=16, embed=64,
-               cotrain=True, reuse=False):
+               embed_reference=0, cotrain=True, reuse=False):
     """FLOPs of one step by role. A forward of one pair is F, a training step of one pair is 3 F.
 
     The paper's bill (A.4) is relative to a uniform step, 3 b F. With r = B / b = 5 (f = 0.8):
@@ -648,6 +658,7 @@ def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chun
     Args:
       F, F_low: `forward_flops` of the learner at its full and at its coarse patch.
       F_reference: of the reference; 0 where its embeddings are cached.
+      embed, embed_reference: E of the learner and of the reference; 0: as the learner's.
     """
     b, flexi = batch_size, method == "flexi_jest"
     scores = method != "uniform"
@@ -656,13 +667,13 @@ def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chun
         "learner": 3 * b * (F + F_low) // 2 if flexi and cotrain else 3 * b * F,  # b is even
         "actor_scoring": (B - reused) * (F_low if flexi else F)
                          if scores and "learner" in SCORES[kind] else 0,
-        "selection": sampler_flops(kind, b, B, n_chunks if "jest" in method else 1, embed)
-                     if scores else 0,
+        "selection": sampler_flops(kind, b, B, n_chunks if "jest" in method else 1, embed,
+                                   embed_reference) if scores else 0,
         "reference_scoring": B * F_reference if scores and "reference" in SCORES[kind] else 0,
     }
 
 
-def sampler_flops(kind, b, B, n_chunks, embed):
+def sampler_flops(kind, b, B, n_chunks, embed, embed_reference=0):
     """FLOPs of `jointly_sample`.
 
     For each model: the B self-scores, and two [B, C] blocks a chunk, except the last. An element
@@ -670,8 +681,9 @@ def sampler_flops(kind, b, B, n_chunks, embed):
     candidate noise, a mask and about log2(B) comparisons.
     """
     added = b - chunk_sizes(b, n_chunks)[-1]
-    per_model = (2 * B * added + B) * (2 * embed + 5)
-    return len(SCORES[kind]) * per_model + n_chunks * B * (3 + max(B, 2).bit_length())
+    width = {"learner": embed, "reference": embed_reference or embed}
+    of_models = sum((2 * B * added + B) * (2 * width[name] + 5) for name in SCORES[kind])
+    return of_models + n_chunks * B * (3 + max(B, 2).bit_length())
 
 
 # ------------------------------------------------------------------------- training, evaluation
@@ -856,6 +868,7 @@ def arm_cost(method, config, model, reference_model, reuse=False):
     return step_flops(
         method.method, method.kind, config.batch_size, super_batch_size(config),
         forward_flops(model), F_low=F_low, n_chunks=config.n_chunks, embed=config.embed,
+        embed_reference=embedding_width(reference_model),
         F_reference=forward_flops(reference_model) if computed else 0, cotrain=config.cotrain,
         reuse=reuse)
 
@@ -871,14 +884,46 @@ def iteration_cost(name, cost, cost_if_reused, uniform_cost):
 
 
 def load_batches(pool, seed, batch_size, steps, start, cached=None, selects=False):
-    """Yields sharded batches of steps start .. steps - 1, with the reference's cached embeddings.
-    If the step selects from a batch, no pair may be in it twice."""
+    """Yields sharded batches of steps start .. steps - 1, with the reference's embeddings.
+    cached: ids -> {'image', 'text'} [n, E], or None. If the step selects from a batch, no pair may
+    be in it twice."""
     for batch in data.batches(pool, seed=seed, batch_size=batch_size, start=start, stop=steps,
                               host=devices.host(), wrap=not selects, flags="--filter_ratio"):
-        rows = np.searchsorted(pool.ids, batch["id"])
-        batch |= {f"reference_{k}": v[rows] for k, v in (cached or {}).items()}
+        if cached:
+            batch |= {f"reference_{k}": v for k, v in cached(batch["id"]).items()}
         yield devices.shard({k: v for k, v in batch.items()
                              if k not in ("id", "label", "caption_hash")})
+
+
+def load_published(config):
+    """(Model, params, encode) of the published SigLIP that --reference names."""
+    require = functools.partial(flags.require, config)
+    require(config.reference_scores == "cached", "reference_scores", "cached, as published weights "
+            "(--reference) embed the pool once")
+    require(config.loss == "sigmoid", "loss", "sigmoid, which the published weights of --reference "
+            "were trained with")
+    require(not config.reference_dataset, "reference_dataset", "none, as published weights "
+            "(--reference) are not trained here")
+    m, params, encode = reference.load_published(config.reference, config.reference_tokenizer,
+                                                 config.reference_image_size, config.dtype)
+    return Model(m.loss, m.image, m.text), params, encode
+
+
+def embed_pool(path, params, model, forward, pool, batch_size, stop=lambda: False):
+    """(embeddings of a pool by its frozen reference, np.memmap [len(pool), 2, E], of the images and
+    of the captions; seconds). They are kept in the file `path`: see `reference.embed_pool`.
+
+    forward: the first of `make_forwards(model)`."""
+    # Small models train at large batches. A large reference need not fit in memory at those.
+    batch_size = min(batch_size, 256 * jax.device_count())
+    shape = len(pool), 2, embedding_width(model)
+
+    def embed_from(start):
+        on_device = jax.tree.map(jnp.asarray, params)  # once, and not with every batch
+        left = pool.subset(pool.ids[start:])
+        for got, seconds in reference.forward_batches(on_device, forward, left, batch_size):
+            yield np.stack([got["image"], got["text"]], 1), seconds
+    return reference.embed_pool(path, reference.made_by(params, pool), shape, embed_from, stop=stop)
 
 
 def main():
@@ -886,6 +931,9 @@ def main():
     devices.start(config)
     check(config)
     noise = flags.planted(config, "caption_noise", TOY_NOISE["caption_noise"])
+    published = siglip.is_published(config.reference)
+    if published:
+        reference_model, reference_params, reference_encode = load_published(config)
     encode, vocab = data.tokenizer(config.tokenizer)
     source, test_source = data.open_splits(config, encode, context=config.context,
                                            need=("caption",), toy_image_size=TOY["image_size"])
@@ -897,16 +945,24 @@ def main():
             image_size=source.image_shape[0], context=config.context, encode=encode,
             toy_knobs=data.toy_knobs(config), flags=("reference_dataset", "split"))
     if any(split_arm(arm)[0] in SELECTS for arm in config.arms):
-        n_curated = 0 if curated_source else round(config.curated_fraction * len(source.ids))
+        n_curated = 0 if curated_source or published else round(
+            config.curated_fraction * len(source.ids))
         data.check_batch(source.ids[n_curated:], B, f"--filter_ratio={config.filter_ratio}")
     model = build_model(config, "model", source, vocab)
-    reference_model = build_model(
-        config, "reference_model" if config.reference_model else "model", source, vocab)
+    if published:
+        published_pool = data.Pool(reference.as_shown(
+            source, reference_model, reference_encode, dataset=config.dataset, split=config.split,
+            data_dir=config.data_dir))
+    else:
+        reference_model = build_model(
+            config, "reference_model" if config.reference_model else "model", source, vocab)
     about = {"model": {k: vit.architecture(getattr(reference_model, k)) for k in ("image", "text")},
              "loss": config.loss, "tokenizer": data.fingerprint(encode)}
     template = jax.eval_shape(lambda: init(jax.random.key(0), reference_model))
     given = {}  # references from elsewhere, by seed
-    if config.reference != "curated":
+    if published:  # their training was paid for by others: nothing of it is in our bill
+        given = dict.fromkeys(config.seeds, (reference_params, train.Totals()))
+    elif config.reference != "curated":
         given = {seed: reference.load(flags.for_seed(config.reference, seed), template, about)
                  for seed in config.seeds}
 
@@ -931,8 +987,8 @@ def main():
         return metrics
 
     def frozen_reference(seed, curated, pool, key_init, key_steps):
-        """Weights, cached embeddings of `pool` (or None), and `train.Totals` of the frozen
-        reference. They enter an arm's bill as its set-up."""
+        """Weights of the frozen reference, its embeddings of `pool` as a function of ids (or None),
+        and its `train.Totals`. They enter an arm's bill as its set-up."""
         params, cost = given.get(seed, (None, None))
         if params is None:
             arm = arms["reference"]
@@ -948,13 +1004,15 @@ def main():
         if config.reference_scores == "computed":
             return params, None, setup
 
-        def embeddings():
-            got, seconds = reference.forward_all(params, forwards[reference_model][0], pool, b)
-            return {k: got[k] for k in ("image", "text")}, seconds
-        cached, seconds = reference.cached(run.path(f"embeddings-{seed}.npz"),
-                                           reference.made_by(params, pool), embeddings)
+        embedded, file = pool, f"embeddings-{seed}.npy"
+        if published:  # by images and captions as they belong together, once for all seeds
+            embedded, file = published_pool, "embeddings.npy"
+        array, seconds = embed_pool(run.path(file), params, reference_model,
+                                    forwards[reference_model][0], embedded, b,
+                                    stop=lambda: run.stop)
+        cached = functools.partial(reference.take, array, embedded, pool)
         return params, cached, setup.plus(
-            setup_seconds=seconds, flops={"reference_scoring": len(pool) * F_reference})
+            setup_seconds=seconds, flops={"reference_scoring": len(embedded) * F_reference})
 
     shown, counts = None, {}
     for seed in config.seeds:
@@ -963,7 +1021,9 @@ def main():
         curated, train_pool = whole.subset(ids), whole.subset(rest_ids)
         if curated_source:
             curated, train_pool = data.Pool(curated_source, field="tokens", seed=seed), whole
-        if config.reference_noise >= 0:
+        if published:  # nothing has to be set apart
+            curated, train_pool = None, whole
+        if curated and config.reference_noise >= 0:
             curated = curated.replant(config.reference_noise)
         key_init, key_reference, key_steps = jax.random.split(jax.random.key(seed), 3)
         frozen = None

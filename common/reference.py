@@ -1,15 +1,20 @@
-"""A frozen model: its weights from a checkpoint, and what it says of a pool, computed once."""
+"""A frozen model: its weights from a checkpoint, or published ones, and what it says of a pool,
+computed once."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import time
+import typing
 
+from absl import logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tqdm
 
-from common import data, devices, files, train
+from common import data, devices, files, flags, prepared, siglip, train
 
 
 def load(directory, template, about, flag="reference"):
@@ -50,21 +55,102 @@ def load(directory, template, about, flag="reference"):
     return params, totals
 
 
-def forward_all(params, forward, pool, batch_size):
-    """(what `forward` gives for every example of a pool, in the order of its ids; seconds).
+# --------------------------------------------------------------------------- published weights
+
+
+def load_published(path, tokenizer, image_size=0, dtype="float32"):
+    """(`siglip.SigLIP`, params, encode) of published SigLIP weights, the value of --reference.
+
+    Args:
+      path: see `siglip.load`. tokenizer: the sentencepiece file that belongs to them.
+      image_size: side in pixels of the images to come; 0: the one of the file.
+      dtype: of the activations. The parameters are float32.
+    Returns: encode: text -> raw ids, for `siglip.tokenize`.
+    Raises: ValueError, in one line, that names --reference or --reference_tokenizer.
+    """
+    where = f"--reference={path}"
+    if not tokenizer:
+        raise ValueError(f"{where}: published weights need --reference_tokenizer, the "
+                         "sentencepiece model file that belongs to them")
+    encode, vocab = siglip.open_tokenizer(tokenizer)
+    try:
+        model, params = siglip.load(path, image_size=image_size or None, vocab=vocab)
+    except ValueError as e:  # it begins with the path
+        raise ValueError(f"--reference={e}") from None
+    image, text = (dataclasses.replace(tower, dtype=dtype) for tower in (model.image, model.text))
+    return dataclasses.replace(model, image=image, text=text), params, encode
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """The examples of a `data.Source` as a published SigLIP is shown them; a source for `data.Pool`.
+
+    `read(ids)` -> {'image': uint8 [n, S, S, 3], squashed to the model's own side; 'tokens': int32
+    [n, T], of its own tokenizer}. Nothing is kept in memory: each example is read once.
+    """
+    name: str
+    ids: np.ndarray
+    fingerprint: str
+    read: typing.Callable
+
+
+class Uncut(prepared.Split):
+    """A prepared split whose images are squashed to a square, where other models see a square that
+    is cut out of the middle."""
+
+    def image(self, row):
+        picture = prepared.picture(prepared.pixels(row["image"], self.float_png), self.channels)
+        return siglip.preprocess(np.atleast_3d(picture), self.image_size)
+
+
+def as_shown(source, model, encode, *, dataset, split, data_dir=None):
+    """`Shown` for a `data.Source` that was opened by the same `dataset`, `split` and `data_dir`.
+
+    A prepared set is opened again, so that its images come from the files and not from the
+    learner's smaller ones. The pictures of toy are drawn at the learner's side and enlarged."""
+    side = model.image.image_size
+    if dataset != "toy":
+        part = Uncut(dataset, split, data_dir=data_dir, image_size=side, captions=True,
+                     need=("caption",), flags=("dataset", "split"))
+
+    def read(ids):
+        if dataset == "toy":
+            images = [siglip.preprocess(x, side) for x in source.read(ids)["image"]]
+            captions = [source.describe(i) for i in ids]
+        else:
+            got = part.read(ids)
+            images, captions = got["image"], got["caption"]
+        tokens = [siglip.tokenize(caption, encode, model.text) for caption in captions]
+        return {"image": np.stack(images), "tokens": np.stack(tokens)}
+
+    ids = encode("A photo of 2 Zwölf Boxkämpfer, and a quick brown fox.")
+    asked = f"{side} px, {model.text.context} tokens such as {','.join(map(str, ids))}"
+    return Shown(f"{source.name}, shown as {asked}", source.ids, source.fingerprint, read)
+
+
+# -------------------------------------------------------------------- what it says of a pool
+
+
+def forward_batches(params, forward, pool, batch_size):
+    """Yields (what `forward` gives for the next examples of a pool, in the order of its ids;
+    seconds).
 
     forward: `devices.pmap` of (params, sharded batch) -> a dict of rows, gathered from all devices,
     'valid' among them. Results are on the host. The time to compile does not count.
     """
-    parts, seconds = [], 0.0
     for batch in data.sweep(pool, batch_size, devices.host()):
         batch = devices.shard({k: v for k, v in batch.items() if k not in ("id", *data.TRUTHS)})
         begin = time.perf_counter() - devices.compiling.seconds
         got = jax.device_get(forward(params, batch))
-        seconds += time.perf_counter() - devices.compiling.seconds - begin
+        seconds = time.perf_counter() - devices.compiling.seconds - begin
         valid = got.pop("valid")
-        parts.append(jax.tree.map(lambda x: x[valid], got))
-    return jax.tree.map(lambda *x: np.concatenate(x), *parts), seconds
+        yield jax.tree.map(lambda x: x[valid], got), seconds
+
+
+def forward_all(params, forward, pool, batch_size):
+    """(what `forward` gives for every example of a pool; seconds). See `forward_batches`."""
+    parts, seconds = zip(*forward_batches(params, forward, pool, batch_size))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts), sum(seconds)
 
 
 def made_by(params, pool, **more):
@@ -95,8 +181,120 @@ def cached(path, source, make):
     except Exception as e:  # a zip file has many ways to be broken
         why = str(e) if type(e) is TypeError else type(e).__name__
         raise ValueError(f"{path} is damaged ({why}): delete it, and it is made again") from None
+    require_source(path, theirs, source)
+    return arrays, seconds
+
+
+def require_source(path, theirs, source):
+    """Raises ValueError if the file was made by something else. See `made_by`."""
     differ = [k for k in source if theirs.get(k) != source[k]]
     if differ:
         raise ValueError(f"{path} was made with other {' and '.join(differ)}: delete it, and it is "
                          "made again")
-    return arrays, seconds
+
+
+# ------------------------------------------------------- embeddings that need not fit in memory
+
+
+def embed_pool(path, source, shape, embed, *, stop=lambda: False, write_after=10.0):
+    """(the embeddings of a pool as a read-only np.memmap, seconds that computing them took).
+
+    They stand in the .npy file `path`, which is written while they are computed. Beside it,
+    `path`.json says what made it, how many rows are done, and the hash of those. Where both files
+    are there, the hash is checked and the work goes on from there. So a kill costs `write_after`
+    seconds of work at most, and the finished file has the bytes that it would have had. Memory does
+    not grow with the pool: a row leaves it when it is written, and is read when it is asked for.
+
+    Args:
+      source: `made_by`.
+      shape: (N, 2, E): of N examples the image and the caption.
+      embed: embed(start) yields (float32 [k, 2, E] of the next k examples, seconds) from example
+        `start` on.
+      stop: asked after every batch, whether to end here.
+      write_after: seconds between two writes.
+    Raises: ValueError naming the file if it is damaged, or was made by something else;
+      flags.Stopped once what is done is written.
+    """
+    record, sha = {"rows": 0, "seconds": 0.0}, hashlib.sha256()
+    if devices.agree(os.path.exists(f"{path}.json")):
+        record, sha = read_record(path, source)
+    elif jax.process_index() == 0:
+        np.lib.format.open_memmap(path, "w+", np.float32, shape)  # holes, which take no space yet
+    N, done, seconds = shape[0], from_first_host(record["rows"]), record["seconds"]
+    if 0 < done < N:
+        logging.info("%s: going on after %d of %d examples", path, done, N)
+    writes, waiting, written = jax.process_index() == 0, [], time.monotonic()
+    with tqdm.tqdm(total=N, initial=done, desc="embeddings", unit="ex", leave=False,
+                   mininterval=0.5, disable=None if writes else True) as bar:
+        for rows, took in embed(done) if done < N else ():
+            waiting += [rows] if writes else []
+            done, seconds = done + len(rows), seconds + took
+            bar.update(len(rows))
+            stops = bool(stop()) and done < N
+            if writes and (stops or done == N or time.monotonic() - written > write_after):
+                new = np.concatenate(waiting)
+                write_rows(path, done - len(new), new)
+                sha.update(new)
+                files.write_json(f"{path}.json", {"made_by": source, "rows": done,
+                                                  "seconds": seconds, "sha256": sha.hexdigest()})
+                waiting, written = [], time.monotonic()
+            if stops:
+                raise flags.Stopped(f"stopped after {done} of {N} examples were embedded, which "
+                                    "are saved: the same command goes on from there")
+    from_first_host(done)  # the others wait until the last row is written
+    return np.load(path, mmap_mode="r"), seconds
+
+
+def read_record(path, source):
+    """(what `embed_pool` wrote beside the file, the running hash of the rows that are done).
+
+    Raises: ValueError, see there."""
+    sha = hashlib.sha256()
+    try:
+        with open(f"{path}.json") as f:
+            record = json.load(f)
+        theirs, array = record["made_by"], np.load(path, mmap_mode="r")
+        with open(path, "rb") as f:  # not through the map, whose pages would count as memory
+            f.seek(array.offset)
+            left = record["rows"] * array[0].nbytes
+            while part := f.read(min(left, 2**20)):
+                sha.update(part)
+                left -= len(part)
+        if sha.hexdigest() != record["sha256"]:
+            raise TypeError("its hash differs")
+    except Exception as e:
+        why = str(e) if type(e) is TypeError else type(e).__name__
+        raise ValueError(f"{path} is damaged ({why}): delete it and {path}.json, and it is made "
+                         "again") from None
+    require_source(path, theirs, source)
+    return record, sha
+
+
+def write_rows(path, start, rows):
+    """Writes rows of the .npy file `path`, from row `start` on, through to the disk. (Through a map
+    of the file, a full disk would kill the process instead of raising OSError.)"""
+    offset = np.load(path, mmap_mode="r").offset
+    with open(path, "r+b") as f:
+        f.seek(offset + start * rows[0].nbytes)
+        f.write(np.ascontiguousarray(rows, np.float32).data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def from_first_host(n):
+    """Process 0's whole number, on every host. None goes on before process 0 is here."""
+    if jax.process_count() == 1:
+        return n
+    from jax.experimental import multihost_utils
+    return int(multihost_utils.broadcast_one_to_all(np.int32(n)))
+
+
+def take(array_N2E, embedded, pool, ids):
+    """{'image', 'text': [n, E]}: the embeddings of the images and captions of examples of a pool.
+
+    embedded: the `data.Pool` that the rows of `embed_pool` are of. Either it is `pool`. Or it has
+    all examples of the source with their own captions, where `pool` may give one the caption of
+    another: then it gets the embedding of that caption."""
+    captions = ids if embedded is pool else pool.donor(ids)
+    images, captions = (np.searchsorted(embedded.ids, i) for i in (ids, captions))
+    return {"image": array_N2E[images, 0], "text": array_N2E[captions, 1]}

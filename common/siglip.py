@@ -36,6 +36,13 @@ class SigLIP:
     loss: str = "sigmoid"
 
 
+def is_published(path):
+    """Whether a path looks like published weights: a file that `load` reads, there or not, or a
+    directory with one. A checkpoint of our own is a directory of another kind."""
+    path = pathlib.Path(path)
+    return path.suffix in (".npz", ".safetensors") or any(path.glob("*.safetensors"))
+
+
 # ------------------------------------------------------------------------ what the towers are shown
 
 RESOLUTIONS = (224, 256, 384, 512)  # of the published models, in pixels
@@ -48,6 +55,24 @@ def preprocess(image_HWC, side):
     Scale the pixels to [-1, 1] before the tower gets them."""
     image = PIL.Image.fromarray(np.repeat(image_HWC, 3 // image_HWC.shape[-1], -1))
     return np.asarray(image.resize((side, side), PIL.Image.BILINEAR))
+
+
+def open_tokenizer(path, flag="reference_tokenizer"):
+    """(encode: text -> its raw ids, number of pieces) of a sentencepiece model file.
+
+    Raises: ValueError, in one line, that names the flag."""
+    where = f"--{flag}={path}"
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"{where}: no such file; want a sentencepiece model")
+    try:
+        import sentencepiece
+    except ImportError:
+        raise ValueError(f"{where} needs `pip install sentencepiece`") from None
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except Exception as e:
+        raise ValueError(f"{where}: not a sentencepiece model ({type(e).__name__})") from None
+    return pieces.encode, pieces.vocab_size()
 
 
 def tokenize(text, encode, config):
@@ -307,7 +332,8 @@ def load(path, *, image_size=None, vocab=None):
         directory with such files and their config.json, where the number of heads stands if it is
         not that of a published size.
       image_size: side in pixels of the images to come, for which positions are interpolated. By
-        default the published resolution that has as many tokens as the file.
+        default the published resolution that has as many tokens as the file. The patch must divide
+        any other.
       vocab: number of pieces of the tokenizer to be used, to be checked against the file.
     Raises: ValueError, one line, for a file that is damaged or not of a SigLIP.
     """
@@ -329,7 +355,10 @@ def load(path, *, image_size=None, vocab=None):
     if vocab is not None and not model.text.vocab <= vocab <= model.text.vocab + 100:
         raise ValueError(f"{path}: the tokenizer has {vocab:,} pieces and the text tower "
                          f"{model.text.vocab:,}")
-    if image_size:
+    if image_size and image_size != model.image.image_size:
+        if image_size % model.image.patch:
+            raise ValueError(f"{path}: its patch of {model.image.patch} pixels does not divide an "
+                             f"image side of {image_size}")
         image = dataclasses.replace(model.image, image_size=image_size)
         model = dataclasses.replace(model, image=image)
         params["image"]["position"] = resize(params["image"]["position"], image.tokens)
