@@ -807,6 +807,9 @@ def check(config):
     require = functools.partial(flags.require, config)
     methods = [split_arm(arm)[0] for arm in config.arms]
     flags.require_arms(config, config.arms)
+    require("curated" not in config.arms or not siglip.is_published(config.reference), "reference",
+            "'curated' or a checkpoint with the arm curated: published weights set no part apart; "
+            "name --arms without it")
     require(config.n_chunks <= config.batch_size, "n_chunks",
             f"at most one chunk per example of the sub-batch, {config.batch_size}")
     for steps in {config.steps, config.active_steps, config.reference_steps} - {0}:
