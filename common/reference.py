@@ -48,11 +48,18 @@ def load(directory, template, about, flag="reference"):
         if theirs.get(k) != ours.get(k):
             raise ValueError(f"{where}: of another size (params{k} is {theirs.get(k)}, here it is "
                              f"{ours.get(k)}): give the model flags it was trained with")
-    for k, value in json.loads(json.dumps(files.plain(about))).items():
-        if record["about"].get(k) != value:
-            raise ValueError(f"{where}: was trained with another {k} ({record['about'].get(k)}, "
-                             f"here {value}): give the flags it was trained with")
+    theirs, ours = (dict(leaves_of(x)) for x in (record["about"], files.plain(about)))
+    for k in {**ours, **theirs}:
+        if theirs.get(k) != ours.get(k):
+            raise ValueError(f"{where}: was trained with another {k} ({theirs.get(k)}, here it is "
+                             f"{ours.get(k)}): give the flags it was trained with")
     return params, totals
+
+
+def leaves_of(tree, name=""):
+    """Yields ('a b c', value) for each value that is no dict in dicts of dicts."""
+    for k, v in tree.items():
+        yield from leaves_of(v, f"{name}{k} ") if isinstance(v, dict) else [(f"{name}{k}", v)]
 
 
 # --------------------------------------------------------------------------- published weights

@@ -44,7 +44,8 @@ def test_params_are_restored_without_the_optimiser(saved):
 @pytest.mark.parametrize("how, words", [
     ("size", "another size"), ("missing", "no such"), ("empty", "no checkpoint"),
     ("damaged", "damaged"), ("a bit", "damaged"),
-    ("heads", "another model"), ("tokenizer", "another tokenizer .abc, here xyz")])
+    ("heads", r"another model image size \(\[16, 1, 32, 2\], here it is \[16, 1, 32, 4\]"),
+    ("tokenizer", "another tokenizer .abc, here it is xyz")])
 def test_what_does_not_fit_is_refused_by_flag(saved, tmp_path, how, words):
     directory = {"missing": str(tmp_path / "nowhere"), "empty": str(tmp_path / "empty")}.get(
         how, saved)
