@@ -49,10 +49,10 @@ def load(directory, template, about, flag="reference"):
             raise ValueError(f"{where}: of another size (params{k} is {theirs.get(k)}, here it is "
                              f"{ours.get(k)}): give the model flags it was trained with")
     theirs, ours = (dict(leaves_of(x)) for x in (record["about"], files.plain(about)))
-    for k in {**ours, **theirs}:
-        if theirs.get(k) != ours.get(k):
+    for k in ours:
+        if theirs.get(k) != ours[k]:
             raise ValueError(f"{where}: was trained with another {k} ({theirs.get(k)}, here it is "
-                             f"{ours.get(k)}): give the flags it was trained with")
+                             f"{ours[k]}): give the flags it was trained with")
     return params, totals
 
 

@@ -1,7 +1,7 @@
 """How good the sub-batches of jest.py's sampler are: the chunk curve and the filter curve (fig. 2).
 
     python jest.py --arms=jest --seeds=0,1,2 --workdir=runs/jest_alone     (trains the two models)
-    python tests/chunks.py --arms=jest --seeds=0,1,2 --workdir=runs/jest_alone
+    python tests/bench/chunks.py --arms=jest --seeds=0,1,2 --workdir=runs/jest_alone
 
 Takes the flags of the run whose checkpoints it reads. The score of a sub-batch T is the sum of S
 over its pairs, divided by its size: the learner's loss minus the reference's. For each gain it is
@@ -15,7 +15,7 @@ deviation are over the seeds. Not a test: nothing is asserted.
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 
 from common import data, flags, reference
 import jest
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 import slow_jest
 
 CHUNKS, RATIOS, GAINS = (1, 2, 4, 8, 16, 32), (0.5, 0.8, 0.9), (1.0, 10.0, 100.0)
@@ -47,7 +48,8 @@ def main():
     b = config.sub_batch
     noise = flags.planted(config, "caption_noise", jest.TOY_NOISE["caption_noise"])
     encode, vocab = data.tokenizer(config.tokenizer)
-    source, _ = data.open_splits(config, encode, context=config.context, need=("caption",))
+    source, _ = data.open_splits(config, encode, context=config.context, need=("caption",),
+                                 toy_image_size=jest.TOY["image_size"])
     model = jest.build_model(config, "model", source, vocab)
     template = jax.eval_shape(lambda: jest.init(jax.random.key(0), model))
     embed = jax.jit(jest.embed, static_argnums=2)

@@ -1,4 +1,4 @@
-"""Seconds per step against the bill, and what the input costs: `python tests/timing.py [flags]`.
+"""Seconds per step against the bill, and what the input costs: `python tests/bench/timing.py [flags]`.
 
 Takes the flags of rho_learnability.py (not its work directory). Every quantity is timed in turns
 with the others in one process, so that a noisy machine is noisy for all alike; the figures are
@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 
 import jax
 import numpy as np

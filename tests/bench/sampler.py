@@ -1,10 +1,10 @@
 """The sampler of jest.py by itself: its speed and memory against the dense form.
 
-    python tests/sampler.py --sizes=1024,4096,16384
+    python tests/bench/sampler.py --sizes=1024,4096,16384
 
 It times both forms in turns, on random embeddings of two models. It prints medians, their ratio and
 the memory that each program asks for beyond its arguments (XLA's own count). What its sub-batches
-are worth is measured by tests/chunks.py. Not a test: nothing is asserted.
+are worth is measured by tests/bench/chunks.py. Not a test: nothing is asserted.
 """
 
 import os
@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 
 from absl import app, flags
 import jax

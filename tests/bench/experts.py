@@ -1,7 +1,7 @@
 """Experts of dnc.py one after the other on all devices, against one on each device, in turns.
 
-    python tests/experts.py --devices=2
-    python tests/experts.py --model=50 --image_size=224 --batch_size=256   (on several GPUs)
+    python tests/bench/experts.py --devices=2
+    python tests/bench/experts.py --model=50 --image_size=224 --batch_size=256   (on several GPUs)
 
 One after the other is what dnc.py does: a batch is shared by all devices. Side by side, a device
 holds a whole batch and a whole expert, and nothing crosses devices; experts of unequal clusters then
@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 
 from absl import app, flags
 import jax

@@ -1,8 +1,8 @@
 """k-means of dnc.py against scikit-learn: time and inertia from the same first centres, in turns.
 
     pip install scikit-learn            (for this script only)
-    python tests/kmeans.py --points=50000 --width=128 --clusters=10
-    python tests/kmeans.py --points=1000000 --width=2048 --clusters=1000 --nosklearn   (on a GPU)
+    python tests/bench/kmeans.py --points=50000 --width=128 --clusters=10
+    python tests/bench/kmeans.py --points=1000000 --width=2048 --clusters=1000 --nosklearn   (on a GPU)
 
 Both run Lloyd's iterations on the same points, a mixture of Gaussians, L2-normalised as dnc.py's
 are, at most so many; both stop where nothing moves any more.
@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
 
 from absl import app, flags
 import jax
