@@ -210,8 +210,8 @@ REFUSED = {
     "reference of other words": (["--reference={reference}", "--tokenizer=words"],
                                  "--reference=", "another (size|tokenizer)"),
     "damaged reference": (["--reference={gutted}"], "--reference=.*gutted", "damaged"),
-    "damaged cache": (["--workdir={damaged}"], "embeddings-0.npz is damaged", "delete"),
-    "cache of other weights": (["--workdir={foreign}"], "embeddings-0.npz", "other weights",
+    "damaged cache": (["--workdir={damaged}"], "embeddings-0.npy is damaged", "delete"),
+    "cache of other weights": (["--workdir={foreign}"], "embeddings-0.npy", "other weights",
                                "delete"),
     **{name: ([*flags.as_typed(preset), "--batch_size=129"], "--batch_size=129 does not divide")
        for name, preset in jest.PRESETS.items()},  # all else that they set is accepted
@@ -229,10 +229,10 @@ def refused(finished, prepared, tmp_path_factory):
     gut(paths["gutted"], "cut")
     for name in ("damaged", "foreign"):
         shutil.copytree(finished[0], paths[name])
-    (paths["damaged"] / "embeddings-0.npz").write_bytes(b"no zip file")
-    with np.load(finished[0] / "embeddings-0.npz") as f:
-        other = {**json.loads(str(f["made_by"])), "weights": "others"}
-        np.savez(paths["foreign"] / "embeddings-0.npz", **{**f, "made_by": json.dumps(other)})
+    (paths["damaged"] / "embeddings-0.npy").write_bytes(b"no array")
+    record = json.loads((finished[0] / "embeddings-0.npy.json").read_text())
+    record["made_by"]["weights"] = "others"
+    (paths["foreign"] / "embeddings-0.npy.json").write_text(json.dumps(record))
     fill_in = lambda flag: re.sub(r"\{(\w+)\}", lambda m: str(paths[m[1]]), flag)
     done = refusals("jest", [[*TINY, f"--workdir={folder}/workdir", *map(fill_in, given)]
                              for given, *_ in REFUSED.values()])
