@@ -60,16 +60,16 @@ PRESETS = {
         toy_examples=4096, toy_tail=1.0, toy_radius=0.25, model="B", patch=16, low_patch=32,
         tokenizer="bytes", context=64, pool="map", embed=768,
         dtype="bfloat16", n_chunks=16, curated_fraction=0.2, batch_size=256, steps=1000,
-        active_steps=0, learning_rate=1e-3, warmup=0.01, reference_steps=100,
+        active_steps=0, active_learning_rate=0.0, warmup=0.01, reference_steps=100,
         reference_learning_rate=1e-3, reference_scores="computed"),
 }
 
 
 def define_flags():
     f = flags.Group("Method")
-    f.names("arms", ["uniform", "jest", "curated"], f"of {', '.join(METHODS)}; those that select "
-            "also with _easy_reference or _hard_learner behind the name (plain: learnability). The "
-            "first is the baseline. curated is the control that decides for a user: the learner's "
+    f.names("arms", ["uniform", "jest", "flexi_jest", "curated"], f"of {', '.join(METHODS)}; those "
+            "that select also with _easy_reference or _hard_learner behind the name (plain: "
+            "learnability). The first is the baseline. curated is the control that decides for a user: the learner's "
             "towers, trained on the reference's curated part alone")
     f.number("filter_ratio", 0.8, "[0, 1)", "f = 1 - b/B: part of the super-batch that is left out")
     f.integer("n_chunks", 8, "[1, inf)", "chunks in which jest draws its sub-batch (paper: 16)")
@@ -113,8 +113,8 @@ def define_flags():
               "then ends there; 0: as many as --steps")
     f.integer("reference_steps", 400, "[0, inf)", "updates of the reference; 0: as many as --steps")
     f.integer("batch_size", 128, "[1, inf)", "b: pairs per update")
-    f.number("learning_rate", 3e-3, "(0, inf)", "peak, of Adam; linear warm-up, cosine to 0")
-    f.number("active_learning_rate", 0.0, "[0, inf)", "peak in every arm but uniform, whose best "
+    f.number("learning_rate", 1e-3, "(0, inf)", "peak, of Adam; linear warm-up, cosine to 0")
+    f.number("active_learning_rate", 3e-3, "[0, inf)", "peak in every arm but uniform, whose best "
              "is lower where most captions are wrong; 0: --learning_rate")
     f.number("reference_learning_rate", 3e-3, "(0, inf)", "peak, of the reference")
     f.number("weight_decay", 1e-4, "[0, inf)", "part of the weights of linear maps that a step at "

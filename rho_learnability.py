@@ -122,7 +122,7 @@ def define_flags():
     f.integer("active_steps", 0, "[0, inf)", "updates in every arm but uniform, whose schedule "
               "then ends there; 0: as many as --steps")
     f.integer("batch_size", 128, "[1, inf)", "b: examples per update")
-    f.number("learning_rate", 4e-3, "(0, inf)", "peak, of AdamW; linear warm-up, cosine to 0")
+    f.number("learning_rate", 3e-3, "(0, inf)", "peak, of AdamW; linear warm-up, cosine to 0")
     f.number("proxy_learning_rate", 4e-3, "[0, inf)", "peak, of the online proxy")
     f.number("reference_learning_rate", 4e-3, "(0, inf)", "peak, of the reference (paper: larger "
              "when it is online)")

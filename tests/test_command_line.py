@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import rho_learnability
-from common import data, vit
+from common import data, flags, vit
 from processes import (ROOT, Command, assert_close, assert_refused, gut, has_row, refusals, rows,
                        start_two, trained, without_clocks)
 
@@ -455,9 +455,9 @@ def test_a_bad_flag_on_one_host_ends_both(command, prepared, tmp_path):
     """The host that refuses says why; the other does not wait for it for minutes."""
     flags = (*FEW, f"--dataset={prepared['labelled']}", "--image_size=16",
              f"--workdir={tmp_path / 'run'}")
-    hosts = start_two(command, flags, ((), ("--score_gain=0",)))
+    hosts = start_two(command, flags, ((), ("--ratio=1.2",)))
     begin = time.monotonic()
-    assert_refused(hosts[1].finish(60), "--score_gain=0")
+    assert_refused(hosts[1].finish(60), "--ratio=1.2")
     hosts[0].finish(90)
     assert hosts[0].code != 0 and time.monotonic() - begin < 90
     assert not rows(tmp_path / "run")
@@ -482,8 +482,8 @@ def test_presets_are_printed_and_their_values_are_valid(command):
     assert [p.split()[0] for p in printed] == list(rho_learnability.PRESETS)
     lists = [p.split()[1:] for p in printed]
     for typed, preset in zip(lists, rho_learnability.PRESETS.values()):
-        assert typed == [f"--{k}={v}" for k, v in preset.items()]
+        assert typed == flags.as_typed(preset)
     # as typed flags they are parsed, which presets are not; this is refused only after all of them
     for done in refusals("rho_learnability", [
             [*typed, "--dataset=nowhere/at/all"] for typed in lists]):
-        assert_refused(done, "--dataset=nowhere/at/all", "no such")
+        assert_refused(done, "--dataset=nowhere/at/all", "neither")
