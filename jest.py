@@ -69,8 +69,8 @@ def define_flags():
     f = flags.Group("Method")
     f.names("arms", ["uniform", "jest", "flexi_jest", "curated"], f"of {', '.join(METHODS)}; those "
             "that select also with _easy_reference or _hard_learner behind the name (plain: "
-            "learnability). The first is the baseline. curated is the control that decides for a user: the learner's "
-            "towers, trained on the reference's curated part alone")
+            "learnability). The first is the baseline. curated is the control that decides for a "
+            "user: the learner's towers, trained on the reference's curated part alone")
     f.number("filter_ratio", 0.8, "[0, 1)", "f = 1 - b/B: part of the super-batch that is left out")
     f.integer("n_chunks", 8, "[1, inf)", "chunks in which jest draws its sub-batch (paper: 16)")
     f.number("score_gain", 100.0, "(0, inf)", "multiplies the scores before a chunk is drawn from "
@@ -109,13 +109,14 @@ def define_flags():
 
     f = flags.Group("Optimisation")
     f.integer("steps", 500, "[1, inf)", "updates of the learner")
-    f.integer("active_steps", 400, "[0, inf)", "updates in every arm but uniform, whose schedule "
+    f.integer("active_steps", 400, "[0, inf)", "updates in the arms that select, whose schedule "
               "then ends there; 0: as many as --steps")
-    f.integer("reference_steps", 400, "[0, inf)", "updates of the reference; 0: as many as --steps")
+    f.integer("reference_steps", 400, "[0, inf)", "updates of the reference, and of the "
+              "control on its data; 0: as many as --steps")
     f.integer("batch_size", 128, "[1, inf)", "b: pairs per update")
     f.number("learning_rate", 1e-3, "(0, inf)", "peak, of Adam; linear warm-up, cosine to 0")
-    f.number("active_learning_rate", 3e-3, "[0, inf)", "peak in every arm but uniform, whose best "
-             "is lower where most captions are wrong; 0: --learning_rate")
+    f.number("active_learning_rate", 3e-3, "[0, inf)", "peak in the arms that select: "
+             "uniform's best is lower where most captions are wrong; 0: --learning_rate")
     f.number("reference_learning_rate", 3e-3, "(0, inf)", "peak, of the reference")
     f.number("weight_decay", 1e-4, "[0, inf)", "part of the weights of linear maps that a step at "
              "the peak takes off; it follows the schedule, not times the learning rate")

@@ -96,7 +96,8 @@ def define_flags():
            "scored; or the checkpoint directory of such a stage ('{seed}' is filled in)")
     f.choice("reference_scores", "cached", ["cached", "computed"], "score the pool once, by "
              "example id, or compute the reference's scores anew in each step")
-    f.integer("reference_steps", 600, "[0, inf)", "updates of the reference; 0: as many as --steps")
+    f.integer("reference_steps", 600, "[0, inf)", "updates of the reference, and of the "
+              "control on its data; 0: as many as --steps")
     f.number("reference_noise", 0.0, "[-1, 1]", "label or caption noise of the reference's "
              "training set; -1: the pool's")
     f.number("held_out_fraction", 0.04, "(0, 1)", "part of the pool that is the held-out "
@@ -119,7 +120,7 @@ def define_flags():
 
     f = flags.Group("Optimisation")
     f.integer("steps", 1000, "[1, inf)", "updates of the learner")
-    f.integer("active_steps", 0, "[0, inf)", "updates in every arm but uniform, whose schedule "
+    f.integer("active_steps", 0, "[0, inf)", "updates in the arms that select, whose schedule "
               "then ends there; 0: as many as --steps")
     f.integer("batch_size", 128, "[1, inf)", "b: examples per update")
     f.number("learning_rate", 3e-3, "(0, inf)", "peak, of AdamW; linear warm-up, cosine to 0")
