@@ -982,7 +982,8 @@ def main():
     config, _ = flags.resolve(PRESETS)
     devices.start(config)
     check(config)
-    source, test_source = data.open_splits(config, need=("label",), toy_image_size=TOY["image_size"])
+    source, test_source = data.open_splits(config, need=("label",),
+                                           toy_image_size=TOY["image_size"])
     b, n_classes = config.batch_size, len(source.class_names)
     labels = np.concatenate([x["label"][x["valid"]] for x in data.sweep(data.Pool(source), b)])
     pools = {seed: training_pool(source, labels, seed, config.class_cap) for seed in config.seeds}

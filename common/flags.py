@@ -100,11 +100,12 @@ def define_shared(script, *, toy, toy_noise, eval_every):
         f.number(name, -1.0, "[-1, 1]", f"fraction of the training pool whose {what} is exchanged "
                  f"for another example's; -1: {of:g} for toy, 0 for any other data set")
     f.integer("toy_examples", toy["examples"], "[1, inf)", "toy: size of the training pool")
-    f.number("toy_tail", toy["tail"], "[0, 10]", "toy: Zipf exponent of the class sizes; 0: balanced")
-    f.number("toy_radius", toy["radius"], "[0.15, 0.4]", "toy: mean radius of the objects, as a part "
-             "of the image's width; large ones are easier to learn")
-    f.integer("toy_domains", toy["domains"], "[0, 30]", "toy: number of domains, each with a ground "
-              "of its own; the class is then domain and shape. 0: it is colour and shape")
+    f.number("toy_tail", toy["tail"], "[0, 10]", "toy: Zipf exponent of the class sizes; 0: "
+             "balanced")
+    f.number("toy_radius", toy["radius"], "[0.15, 0.4]", "toy: mean radius of the objects, as a "
+             "part of the image's width; large ones are easier to learn")
+    f.integer("toy_domains", toy["domains"], "[0, 30]", "toy: number of domains, each with a "
+              "ground of its own; the class is then domain and shape. 0: it is colour and shape")
     f.number("toy_duplicates", 0.1, "[0, 1)", "toy: fraction of near-duplicates")
     f.number("toy_hopeless", 0.05, "[0, 1)", "toy: fraction of images of pure noise")
     f = Group("The run")

@@ -90,7 +90,7 @@ def load_published(path, tokenizer, image_size=0, dtype="float32"):
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """The examples of a `data.Source` as a published SigLIP is shown them; a source for `data.Pool`.
+    """The examples of a `data.Source` as a published SigLIP is shown them, for a `data.Pool`.
 
     `read(ids)` -> {'image': uint8 [n, S, S, 3], squashed to the model's own side; 'tokens': int32
     [n, T], of its own tokenizer}. Nothing is kept in memory: each example is read once.
