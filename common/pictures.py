@@ -78,9 +78,9 @@ def picks(tracks, average, *, pool, arm, ids, score_B, pick_S, n_images=12):
     share in the arm's pool. pool: reads the examples `ids` [B]. score_B: their scores. pick_S:
     indices of those that were picked.
     """
-    figure = Figure(figsize=(14, 7), layout="constrained")
+    figure = Figure(figsize=(14, 8.2), layout="constrained")
     figure.get_layout_engine().set(hspace=0.1)
-    above, below = figure.subfigures(2, 1, height_ratios=[1.3, 1])
+    above, below = figure.subfigures(2, 1, height_ratios=[1.7, 1])
     rng = np.random.default_rng(0)
     left = np.setdiff1d(np.arange(len(ids)), pick_S)
     for axes, (title, which) in zip(above.subplots(2, n_images),
@@ -104,7 +104,7 @@ def picks(tracks, average, *, pool, arm, ids, score_B, pick_S, n_images=12):
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if tracks:
         axes[0].legend(frameon=False)
-    figure.suptitle(f"What {arm} takes and leaves of one super-batch, after training\n"
+    above.suptitle(f"What {arm} takes and leaves of one super-batch, after training\n"
                     "above an image its score, below it the label or caption it came with, in "
                     "orange where that is wrong")
     return figure
