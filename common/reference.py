@@ -90,7 +90,8 @@ def load_published(path, tokenizer, image_size=0, dtype="float32"):
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """The examples of a `data.Source` as a published SigLIP is shown them, for a `data.Pool`.
+    """The examples of a `data.Source` as a published SigLIP is shown them. A `data.Pool` can have
+    this in place of the source.
 
     `read(ids)` -> {'image': uint8 [n, S, S, 3], squashed to the model's own side; 'tokens': int32
     [n, T], of its own tokenizer}. Nothing is kept in memory: each example is read once.
@@ -130,9 +131,9 @@ def as_shown(source, model, encode, *, dataset, split, data_dir=None):
         tokens = [siglip.tokenize(caption, encode, model.text) for caption in captions]
         return {"image": np.stack(images), "tokens": np.stack(tokens)}
 
-    ids = encode("A photo of 2 Zwölf Boxkämpfer, and a quick brown fox.")
-    asked = f"{side} px, {model.text.context} tokens such as {','.join(map(str, ids))}"
-    return Shown(f"{source.name}, shown as {asked}", source.ids, source.fingerprint, read)
+    name = (f"{source.name}, shown at {side} px and as {model.text.context} tokens of tokenizer "
+            f"{data.fingerprint(encode)}")
+    return Shown(name, source.ids, source.fingerprint, read)
 
 
 # -------------------------------------------------------------------- what it says of a pool
@@ -203,12 +204,12 @@ def require_source(path, theirs, source):
 # ------------------------------------------------------- embeddings that need not fit in memory
 
 
-def embed_pool(path, source, shape, embed, *, stop=lambda: False, write_after=10.0):
+def embed_pool(path, source, shape, embed, *, stop=lambda: False, record_after=10.0):
     """(the embeddings of a pool as a read-only np.memmap, seconds that computing them took).
 
     They stand in the .npy file `path`, which is written while they are computed. Beside it,
     `path`.json says what made it, how many rows are done, and the hash of those. Where both files
-    are there, the hash is checked and the work goes on from there. So a kill costs `write_after`
+    are there, the hash is checked and the work goes on from there. So a kill costs `record_after`
     seconds of work at most, and the finished file has the bytes that it would have had. Memory does
     not grow with the pool: a row leaves it when it is written, and is read when it is asked for.
 
@@ -218,7 +219,7 @@ def embed_pool(path, source, shape, embed, *, stop=lambda: False, write_after=10
       embed: embed(start) yields (float32 [k, 2, E] of the next k examples, seconds) from example
         `start` on.
       stop: asked after every batch, whether to end here.
-      write_after: seconds between two writes.
+      record_after: seconds after which the rows that are done are on the disk for certain.
     Raises: ValueError naming the file if it is damaged, or was made by something else;
       flags.Stopped once what is done is written.
     """
@@ -228,23 +229,31 @@ def embed_pool(path, source, shape, embed, *, stop=lambda: False, write_after=10
     elif jax.process_index() == 0:
         np.lib.format.open_memmap(path, "w+", np.float32, shape)  # holes, which take no space yet
     N, done, seconds = shape[0], from_first_host(record["rows"]), record["seconds"]
-    if 0 < done < N:
+    array = np.load(path, mmap_mode="r")
+    if done == N:
+        return array, seconds
+    if done:
         logging.info("%s: going on after %d of %d examples", path, done, N)
-    writes, waiting, written = jax.process_index() == 0, [], time.monotonic()
-    with tqdm.tqdm(total=N, initial=done, desc="embeddings", unit="ex", leave=False,
-                   mininterval=0.5, disable=None if writes else True) as bar:
-        for rows, took in embed(done) if done < N else ():
-            waiting += [rows] if writes else []
+    writes, recorded = jax.process_index() == 0, time.monotonic()
+    # Not through the map: a full disk would then kill the process instead of raising OSError.
+    with open(path, "r+b" if writes else "rb") as f, tqdm.tqdm(
+            total=N, initial=done, desc="embeddings", unit="ex", leave=False, mininterval=0.5,
+            disable=None if writes else True) as bar:
+        f.seek(array.offset + done * array[0].nbytes)
+        for rows, took in embed(done):
             done, seconds = done + len(rows), seconds + took
             bar.update(len(rows))
+            if writes:
+                rows = np.ascontiguousarray(rows, np.float32)
+                f.write(rows)
+                sha.update(rows)
             stops = bool(stop()) and done < N
-            if writes and (stops or done == N or time.monotonic() - written > write_after):
-                new = np.concatenate(waiting)
-                write_rows(path, done - len(new), new)
-                sha.update(new)
+            if writes and (stops or done == N or time.monotonic() - recorded > record_after):
+                f.flush()
+                os.fsync(f.fileno())  # the rows are on the disk before the record says so
                 files.write_json(f"{path}.json", {"made_by": source, "rows": done,
                                                   "seconds": seconds, "sha256": sha.hexdigest()})
-                waiting, written = [], time.monotonic()
+                recorded = time.monotonic()
             if stops:
                 raise flags.Stopped(f"stopped after {done} of {N} examples were embedded, which "
                                     "are saved: the same command goes on from there")
@@ -275,17 +284,6 @@ def read_record(path, source):
                          "again") from None
     require_source(path, theirs, source)
     return record, sha
-
-
-def write_rows(path, start, rows):
-    """Writes rows of the .npy file `path`, from row `start` on, through to the disk. (Through a map
-    of the file, a full disk would kill the process instead of raising OSError.)"""
-    offset = np.load(path, mmap_mode="r").offset
-    with open(path, "r+b") as f:
-        f.seek(offset + start * rows[0].nbytes)
-        f.write(np.ascontiguousarray(rows, np.float32).data)
-        f.flush()
-        os.fsync(f.fileno())
 
 
 def from_first_host(n):

@@ -175,7 +175,7 @@ REFUSED = {
     "blur": (["--blur=1"], "--blur", "two probabilities"),
     "solarise": (["--solarise=0,x"], "--solarise", "two probabilities"),
     "model size": (["--model=34"], "--model", "'34'", "6n"),
-    "tiny images": (["--image_size=4"], "--image_size", "at least 8"),
+    "tiny images": (["--image_size=4"], "--image_size=4", "from 8"),
     "no labels": (["--dataset={captioned}", "--image_size=16"], "--dataset",
                   "no feature 'label'"),
     "damaged clusters": (["--workdir={damaged}", ALL], "assignment-0.npz is damaged", "delete"),

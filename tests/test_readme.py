@@ -58,7 +58,7 @@ def test_names_in_the_tables_exist():
     """`name` in a table of paper against code, a function, class or constant of its script."""
     for script in TINY:
         section = re.search(rf"## {script}, beside the paper(.*?)\n## ", TEXT, re.S)[1]
-        source = (ROOT / script).read_text() + (ROOT / "common/report.py").read_text()
+        source = (ROOT / script).read_text() + (ROOT / "common/flops.py").read_text()
         for row in re.findall(r"^\|[^|]*\|(.*)\|$", section, re.M):
             for name in re.findall(r"`([A-Za-z_][A-Za-z0-9_]*)`", row):
                 assert re.search(rf"^(def|class) {name}\b|^{name} =|\"{name}\"", source,
