@@ -7,6 +7,7 @@ if it has none. Every error is one line, a ValueError, that names the flag or th
 import functools
 import hashlib
 import io
+import json
 import os
 
 import numpy as np
@@ -131,7 +132,8 @@ class Split:
         sizes stand for the others: a change of few records that keeps their bytes goes unseen.
         """
         ids = self.ids
-        sha = hashlib.sha256(repr((self.features.to_json(), self.class_names)).encode())
+        features = json.dumps(self.features.to_json(), sort_keys=True)  # their order is random
+        sha = hashlib.sha256(repr((features, self.class_names)).encode())
         if self.info.num_bytes / self.info.num_examples * len(ids) > SCAN_BYTES:
             ids = spread(ids, 10_000)
             sizes = [os.path.getsize(path) for path in self.info.filepaths]

@@ -393,7 +393,8 @@ def test_what_cannot_be_a_reference_is_refused_before_any_work(weights, params, 
          "--reference_dataset=toy: want none"),
     ]
     workdir = f"--workdir={tmp_path}/run"
-    toy = ("--batch_size=8", "--toy_examples=100", "--n_chunks=2", "--filter_ratio=0.5")
+    toy = ("--arms=uniform,jest", "--batch_size=8", "--toy_examples=100", "--n_chunks=2",
+           "--filter_ratio=0.5")
     for done, (_, words) in zip(refusals("jest", [[*toy, workdir, *given] for given, _ in cases],
                                          devices=1), cases, strict=True):
         assert_refused(done, words)
