@@ -3,10 +3,13 @@
 import hashlib
 import io
 import itertools
+import os
 import re
 import resource
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -17,6 +20,7 @@ import PIL.Image
 import pytest
 
 from common import data, prepared, toy
+from processes import ROOT
 
 
 def make_source(n=60, classes=5, first=0, log=None):
@@ -1156,3 +1160,14 @@ def test_toy_pools_are_told_apart():
              data.Pool(data.open_source("toy", "test", image_size=8))]
     assert len({p.identity() for p in pools}) == len(pools)
     assert data.Pool(source()).identity() == pools[0].identity()
+
+
+def test_a_fingerprint_is_the_same_in_every_process(prepared):
+    """TFDS lists the features in an order that the process's hash seed decides."""
+    code = ("from common import prepared; print(prepared.Split({!r}, 'train', data_dir=None, "
+            "image_size=16, captions=True, need=('caption',), flags=('dataset', 'split')"
+            ").fingerprint)").format(str(prepared["captioned"]))
+    prints = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                             check=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout
+              for seed in ("1", "2", "3", "4")}
+    assert len(prints) == 1 and len(prints.pop().strip()) == 64
