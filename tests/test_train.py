@@ -393,6 +393,17 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(saved, how):
     assert "\n" not in message and saved in message and "delete" in message
 
 
+def test_arrays_that_are_not_those_of_the_hash_are_refused(tmp_path, monkeypatch):
+    """As where a disk flips a bit that no other check sees."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "digest", lambda tree: "0" * 64)
+        checkpoints = train.Checkpoints(tmp_path / "arm-0")
+        checkpoints.save(1, {"w": np.ones(3)}, {})
+        checkpoints.close()
+    with pytest.raises(ValueError, match="is damaged or of another model .its hash differs."):
+        train.Checkpoints(tmp_path / "arm-0").restore({"w": np.ones(3)})
+
+
 @pytest.mark.parametrize("value", [1, 0.5, -2.0])
 def test_any_change_of_an_array_changes_its_hash(value):
     tree = train.devices.to_host(trained(3))
