@@ -5,9 +5,10 @@ gives hard negatives, and rare clusters get models of their own. There are three
   1. base: MoCLR (SimCLR's loss against a momentum encoder) on all images       `contrast_step`
   2. divide the images by k-means of the base's representations                `kmeans`, `divide`
      and train an expert on each cluster with the same loss                    `expert_batches`
-  3. distil base and experts into one student. Each image regresses the base's representation and
-     that of its own cluster's expert                                          `distil_step`
-Only the student's encoder is evaluated, frozen.
+  3. distil base and experts into one student. From each image it predicts the base's representation
+     and that of the expert of the image's cluster                             `distil_step`
+Only the student's encoder is evaluated, frozen (common/probe.py). The views are BYOL's
+(common/augment.py).
 
 Controls: `moclr` sees as many images as all stages together, and `moclr_flops` costs as many FLOPs
 (`budget`). Batches of one cluster have harder negatives, but also another balance of classes. So
@@ -22,8 +23,8 @@ Minutes on two CPU cores:  python dnc.py
 On a prepared data set:    python dnc.py --preset=patchwork --dataset=path/to/patchwork/1.0.0
 ResNet-50, 224 px:         python dnc.py --preset=imagenet_R50  (a trial, on generated images)
 
-There is no official code, and we could not read the paper's text in full. What is recalled or
-chosen is a flag, or is named where it is done.
+There is no official code, and we could not read the paper's text in full. docs/differences.md lists
+what is recalled or chosen. Most of it is a flag, and the rest is marked in its docstring.
 """
 
 import dataclasses
@@ -46,8 +47,8 @@ DIVIDES = ("dnc", "dnc_random", "dnc_oracle")  # have experts
 TOY = {"image_size": 16, "examples": 3000, "tail": 1.5, "radius": 0.25, "domains": 0}
 
 PRESETS = {
-    # the README's table: heavy-tailed, halved to 16 px; give its path as --dataset. An hour a seed
-    # on one CPU core, and so 33 epochs, where the paper has thousands
+    # the table of docs/results.md: heavy-tailed, halved to 16 px; give its path as --dataset. It
+    # takes an hour a seed on one CPU core. To keep to that it runs 33 epochs, not thousands.
     "patchwork": dict(
         dataset="patchwork", arms=list(ARMS), hidden=256, head_hidden=256, crop_area=0.2,
         steps=9000, eval_every=900, learning_rate=32.0, distil_learning_rate=32.0, clusters=5,
@@ -69,25 +70,25 @@ def define_flags():
     f = flags.Group("Method")
     f.names("arms", ["moclr", "dnc", "dnc_random", "self_distil"], f"of {', '.join(ARMS)}; the "
             "first is the baseline")
-    f.number("base_fraction", 1 / 3, "(0, 1)", "part of the visits that is the base's")
-    f.number("experts_fraction", 1 / 2, "(0, 1)", "part of the visits that all experts share, each "
-             "by the size of its cluster")
-    f.number("distil_fraction", 1 / 6, "(0, 1)", "part of the visits that is the student's (the "
-             "three together: 1000 + 1500 + 500 epochs)")
+    f.number("base_fraction", 1 / 3, "(0, 1)", "fraction of --steps that trains the base")
+    f.number("experts_fraction", 1 / 2, "(0, 1)", "fraction of --steps that the experts share, in "
+             "proportion to the sizes of their clusters")
+    f.number("distil_fraction", 1 / 6, "(0, 1)", "fraction of --steps that trains the student (the "
+             "paper's split, as we recall it, is 1000 + 1500 + 500 epochs)")
     f.integer("clusters", 4, "[1, inf)", "K (paper: 5 and 10)")
     f.integer("restarts", 10, "[1, inf)", "runs of k-means, of which the best is taken")
     f.integer("kmeans_iterations", 20, "[1, inf)", "of Lloyd at most, in each run")
     f.integer("kmeans_examples", 1_000_000, "[1, inf)", "k-means is fitted on at most so many; all "
               "are assigned")
-    f.choice("expert_init", "scratch", ["scratch", "base"], "first weights of the experts")
-    f.choice("student_init", "scratch", ["scratch", "base"], "first weights of the student")
+    f.choice("expert_init", "scratch", ["scratch", "base"], "initial weights of the experts")
+    f.choice("student_init", "scratch", ["scratch", "base"], "initial weights of the student")
     f.number("temperature", 0.1, "(0, inf)", "tau of the contrastive loss")
     f.switch("same_view_negatives", True, "the other images' targets of an image's own view are "
              "negatives too (SimCLR; MoCo v3 has none)")
     f.number("m0", 0.97, "[0, 1]", "decay of the momentum encoder at the start; 1 at the end "
              "(BYOL: .97 for 40 epochs, .99 for 100 and 300, .996 for 1000)")
 
-    f = flags.Group("Augmentation (up to 64 px: no blur and weaker colours, SimCLR's for CIFAR)")
+    f = flags.Group("Augmentation (the defaults suit images up to 64 px: SimCLR's for CIFAR)")
     f.number("crop_area", 0.3, "(0, 1]", "least area of a crop (BYOL: 0.08)")
     f.number("jitter", 0.5, "[0, 2.5]", "strength of the colour jitter, as a factor of BYOL's; at "
              "2.5 a factor reaches 0")
@@ -164,12 +165,12 @@ def unit(z):
 
 
 def gather(x, axis=None):
-    """Rows of all devices along the mapped axis of that name, in order. None: there is one."""
+    """Rows of all devices along the mapped axis of that name, in order. Without an axis, x."""
     return x if axis is None else jax.lax.all_gather(x, axis, tiled=True)
 
 
 def total(x, axis=None):
-    """Sum over all devices along the mapped axis of that name. None: there is one."""
+    """Sum over all devices along the mapped axis of that name. Without an axis, x."""
     return x if axis is None else jax.lax.psum(x, axis)
 
 
@@ -294,6 +295,7 @@ def contrast_step(state, index, key, batch_N, *, model, optimiser, views, temper
     learner = update(state["learner"], grads, optimiser, rate)
     target = optax.incremental_update(learner["params"], state["target"],
                                       1 - ema_decay(index, state["total"], m0))
+    # reported only: batches of one cluster also have another balance of classes
     classes = effective_classes(gather(batch_N["label"], AXIS), n_classes)
     return ({**state, "learner": learner, "stats": stats, "target": target},
             {"loss": loss, "hardness": hardness, "effective_classes": classes})
@@ -305,19 +307,20 @@ def effective_classes(label_A, n_classes):
     return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(p_C, p_C)))
 
 
-# ------------------------------------------------------ 2. divide: k-means, a section by itself
+# ------------------------------------- 2. divide: k-means (needs only `gather` and `total`)
 
 
 def kmeans(key, x_ND, k, *, restarts=10, iterations=20, valid_N=None, axis=None, tile=4096):
     """(centres [K, D], inertia): the best of several runs of k-means++ and Lloyd's iterations.
 
-    `nearest(x_ND, centres_KD)` then assigns points to the centres. If they lie far from the origin,
-    subtract their mean from both first. Requires k <= N, because a point can be one centre only.
+    `nearest(x_ND, centres_KD)` then assigns points to the centres. If the points lie far from the
+    origin, subtract their mean from points and centres first. Requires k <= N, because a point can
+    be one centre only.
 
-    valid_N: 0 for rows that only fill up the last device's share, at the end of the whole; else 1.
+    valid_N: 1 for points, 0 for padding. Padding must stand at the end of the last device's rows.
     Inside `pmap`, `axis` names the mapped axis and x is this device's share of the points. All
-    devices then return what one device with all points would. The memory is that of x and of a
-    `tile` of distances to the K centres, never of all distances.
+    devices then return what one device with all points would. Memory holds x and the distances of
+    one `tile` of points, never all distances.
     """
     valid_N = jnp.ones(len(x_ND)) if valid_N is None else valid_N.astype(jnp.float32)
     # distances lose fewest digits where the points lie around 0: see `nearest`
@@ -336,7 +339,7 @@ def kmeans(key, x_ND, k, *, restarts=10, iterations=20, valid_N=None, axis=None,
 
 
 def n_candidates(k):
-    """Candidates for each centre of k-means++: 2 + log K, as in the authors' experiments and in
+    """Candidates for each centre of k-means++: 2 + ln K, as in the authors' experiments and in
     scikit-learn."""
     return 2 + int(math.log(k))
 
@@ -382,8 +385,8 @@ def lloyd(x_ND, centres_KD, iterations, valid_N, axis=None, tile=4096):
     """Centres [K, D] after Lloyd's iterations. Each one assigns every point to its nearest centre
     and moves each centre to the mean of its points. They stop early once no centre moves.
 
-    A centre without points takes a point instead: the first such centre the point that is farthest
-    from its own centre, the second such centre the next one, and so on.
+    A centre that has no points is moved to a point. The first such centre moves to the point that
+    is farthest from its own centre, the second one to the next farthest, and so on.
     """
     K = len(centres_KD)
 
@@ -505,8 +508,8 @@ def partition(arm, cluster_N, label_N, k, seed):
 def expert_steps(sizes, total_steps):
     """Steps of each expert, in proportion to the size of its cluster.
 
-    This is how we read "epochs in proportion": the epochs are of the whole set. Over its own
-    cluster every expert goes equally often. The shares are rounded down, and those with the largest
+    The paper says "epochs in proportion". We read these as epochs of the whole set. So every expert
+    goes over its own cluster equally often. The shares are rounded down, and those with the largest
     remainders get one step more, so that all steps are used.
     """
     N = sum(int(size) for size in sizes)
@@ -585,7 +588,7 @@ def own_expert(experts, image_NHWC, cluster_N, model):
     rank_N = jnp.arange(N) - (jnp.cumsum(count_K) - count_K)[sorted_N]
     slot_N = (jnp.cumsum(blocks_K) - blocks_K)[sorted_N] * size + rank_N
     image_S = jnp.zeros(n_blocks * size, int).at[slot_N].set(order_N)
-    # block b belongs to the first cluster whose blocks end behind b; blocks at the end may be idle
+    # block b belongs to the first cluster whose blocks end after it; blocks at the end may be idle
     expert_B = jnp.searchsorted(jnp.cumsum(blocks_K), jnp.arange(n_blocks), side="right")
     expert_B = jnp.minimum(expert_B, K - 1)
 
@@ -825,8 +828,9 @@ class Experiment:
     def divide(self, arm, base, spent):
         """(cluster [N] of each image in this arm, `train.Totals`).
 
-        k-means clusters what the base says of the whole images, in evaluation mode, L2-normalised.
-        It is run once for all arms, and its clusters are kept in the work directory.
+        k-means clusters the base's representations of the whole images, in evaluation mode and
+        L2-normalised. It runs once, and its clusters are kept in the work directory. Each arm that
+        uses them is charged for it.
         """
         config, cluster_N = self.config, None
         if arm != "dnc_oracle":
@@ -877,6 +881,7 @@ class Experiment:
             got = evaluate(encoder_of(state), self.forward, (self.pool, self.test_pool), b,
                            self.n_classes, ends)
             return got | {"nmi": nmi} if ends and nmi is not None else got
+        # 0 while contrasting, where there are no heads
         n_experts = len(state["learner"]["params"].get("heads", [0])) - 1
         state = train_stage(stage, state, step, key, load, metrics, trained=b, scored=b,
                             flops={role: step_flops(role, b, self.model, K=n_experts)})
@@ -928,7 +933,8 @@ def new_student(key, model, optimiser, n_steps, base, experts=(), from_base=Fals
 
 
 def check(config):
-    """Raises ValueError, naming the flag, for flags that do not go together, whatever the data."""
+    """Raises ValueError, naming the flag, for flags that do not go together, whatever the data.
+    Also turns --blur and --solarise into lists of numbers, in place."""
     require = functools.partial(flags.require, config)
     flags.require_arms(config, ARMS)
     require(config.kmeans_examples >= config.clusters, "kmeans_examples",
@@ -1014,8 +1020,8 @@ def main():
             print("linear probe on pixels:", ", ".join(f"{k} {v:.3f}" for k, v in got.items()
                                                        if v is not None))
         if config.dataset == "toy":
-            print("toy is too small, and its clusters follow the grounds, not the classes: a check "
-                  "that all stages run,\nno evidence for DnC or against it")
+            print("toy is too small, and its clusters follow the backgrounds, not the classes. It "
+                  "checks that all stages run\nand is no evidence for DnC or against it.")
 
 
 def batches_seen(rows):

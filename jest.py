@@ -8,19 +8,24 @@ batch is worth more than the sum of its examples. JEST therefore chooses a batch
   4. draw a sub-batch T of b pairs in chunks. Candidate i, not in T, is drawn with probability
      softmax(gain * (S[i,i] + sum over j in T of S[i,j] + S[j,i]))            `jointly_sample`
   5. update the learner on T, with the ordinary contrastive loss              `update`
-With the softmax loss, 3 and 4 are `jointly_sample_softmax` (Algorithm 3). Flexi-JEST scores at a
-coarser patch, and trains half of T at it (`at_patch`, `embed_flexi`). `step_flops` keeps the bill.
-The reference is trained first, on a small curated part of the pool. Or it is a published SigLIP.
+`score_matrix` and `jointly_sample_dense` are 3 and 4 as printed. They are there to be read, and the
+tests hold `jointly_sample` to their picks. With the softmax loss 3 and 4 are
+`jointly_sample_softmax` (Algorithm 3). Flexi-JEST scores with coarser patches, and trains half of T
+with them (`at_patch`, `embed_flexi`). `step_flops` counts the FLOPs of a step.
+
+The reference is trained before the learner, on a small curated part of the pool (`frozen_reference`
+in `main`), or it is a published SigLIP. Its embeddings of the pool are computed once and kept in a
+file (`embed_pool`).
 
 Dimension letters: B super-batch, N a device's share of it, S sub-batch (b), C chunk, K chunks,
 A all rows of a batch on all devices, E embedding, P patch side, D width, H W image. T is the
 sub-batch so far; as a dimension, tokens.
 
 A minute on two CPU cores:  python jest.py
-README's measurements:      python jest.py --preset=emoji, and more flags: see there
+The measurements:           python jest.py --preset=emoji; full commands in docs/results.md
 The paper's model:          python jest.py --preset=siglip_B  (a trial, on generated images)
 
-Where we differ from the paper, or its print from its text: README, "jest.py, beside the paper".
+Where we differ from the paper, or its pseudo-code from its text: docs/differences.md.
 """
 
 import dataclasses
@@ -37,7 +42,7 @@ from common import train, vit
 from common.devices import AXIS
 
 SELECTS = ("independent", "jest", "flexi_jest")
-METHODS = ("uniform", *SELECTS, "curated")  # curated: the learner's towers on that part alone
+METHODS = ("uniform", *SELECTS, "curated")  # curated: the learner on the curated part alone
 # score -> the sign of each model's loss in it: loss under the learner - loss under the reference
 SCORES = {"learnability": {"learner": 1, "reference": -1}, "easy_reference": {"reference": -1},
           "hard_learner": {"learner": 1}}
@@ -77,8 +82,8 @@ def define_flags():
              "their softmax (Algorithm 2 prints 100, close to greedy); 1 / temperature")
     f.number("curated_fraction", 0.02, "(0, 1)", "part of the pool that is set apart to train the "
              "reference")
-    f.number("reference_noise", 0.0, "[-1, 1]", "caption noise of that part; -1: the pool's")
-    f.text("reference_dataset", None, "train the reference on another data set, whole")
+    f.number("reference_noise", 0.0, "[-1, 1]", "caption noise of the curated part; -1: the pool's")
+    f.text("reference_dataset", None, "train the reference on all of another data set instead")
     f.text("reference", "curated", "'curated': trained first, on the curated part or on "
            "--reference_dataset; or the checkpoint directory of such a stage ('{seed}' is filled "
            "in); or published SigLIP weights: a .npz file (big_vision's), a .safetensors file "
@@ -115,11 +120,12 @@ def define_flags():
               "control on its data; 0: as many as --steps")
     f.integer("batch_size", 128, "[1, inf)", "b: pairs per update")
     f.number("learning_rate", 1e-3, "(0, inf)", "peak, of Adam; linear warm-up, cosine to 0")
-    f.number("active_learning_rate", 3e-3, "[0, inf)", "peak in the arms that select: "
-             "uniform's best is lower where most captions are wrong; 0: --learning_rate")
-    f.number("reference_learning_rate", 3e-3, "(0, inf)", "peak, of the reference")
-    f.number("weight_decay", 1e-4, "[0, inf)", "part of the weights of linear maps that a step at "
-             "the peak takes off; it follows the schedule, not times the learning rate")
+    f.number("active_learning_rate", 3e-3, "[0, inf)", "peak in the arms that select. Where most "
+             "captions are wrong, uniform is best at a lower one; 0: --learning_rate")
+    f.number("reference_learning_rate", 3e-3, "(0, inf)", "peak, of the reference and of the arm "
+             "curated")
+    f.number("weight_decay", 1e-4, "[0, inf)", "fraction of the weights of linear maps that a step "
+             "subtracts: times the schedule (1 at its peak), not times the learning rate")
     f.number("beta2", 0.95, "[0, 1)", "of Adam")
     f.number("clip_norm", 1.0, "(0, inf)", "gradients are scaled down to this global norm")
     f.number("warmup", 0.05, "[0, 1)", "fraction of the steps (paper: 0.01)")
@@ -139,8 +145,9 @@ class Model:
 
 
 def init(key, model):
-    """t = exp(log_t) starts at 10 and b at -10 (SigLIP): at first nearly all pairs count as
-    negatives, which they are. The softmax has no b: it would cancel."""
+    """Parameters. t = exp(log_t) starts at 10 and b at -10 (SigLIP). So the model at first takes
+    every pair for a negative, and nearly all pairs are. In the softmax loss a bias would
+    cancel, so it has none."""
     key_image, key_text = jax.random.split(key)
     bias = {"sigmoid": {"b": jnp.array(-10.0)}, "softmax": {}}[model.loss]
     return {"image": vit.vit_init(key_image, model.image),
@@ -246,10 +253,10 @@ def jointly_sample_dense(key, score_BB, n_select, n_chunks=16, *, score_gain=100
     """Algorithm 1 on the whole matrix S, written to be read. `jointly_sample` makes the same picks
     without the matrix and is tested against this.
 
-    The first chunk is drawn by the self-scores S[i,i], as section 3.2 defines it. (Read as code,
-    the print would draw it uniformly.) A chunk is drawn from one set of logits, so that its members
-    do not see each other. The logits are sums, as printed: dividing them by the size of T would
-    change the temperature as T grows.
+    The first chunk is drawn by the self-scores S[i,i], as section 3.2 says. (The printed
+    pseudo-code draws it uniformly.) All members of a chunk are drawn from the same logits, so none
+    depends on the others. The logits are sums, as printed. Means over T would change the
+    temperature as T grows.
 
     Args:
       score_BB: `score_matrix`.
@@ -301,9 +308,10 @@ def jointly_sample(key, learner, reference, n_select, n_chunks=16, *, kind="lear
     chunk is drawn, the terms with that chunk are computed from the embeddings, `tile` candidates at
     a time, and added: 4 b B E FLOPs for each model in all.
 
-    Inside `pmap` with `axis` named, a device keeps the sums of its own N = B / n candidates. The
-    logits are gathered and `key` is the same everywhere, so that all devices draw the same picks
-    out of all B candidates. Selecting within each device's share would be another algorithm.
+    Inside `pmap`, `axis` names the mapped axis. Each of n devices keeps the sums of its own
+    N = B / n candidates. The logits are gathered and `key` is the same on every device, so all of
+    them draw the same picks out of all B. To select within each device's share would be another
+    algorithm.
 
     Args:
       learner, reference: embeddings (see `embed`) of the candidates. The model that `kind` does not
@@ -370,7 +378,7 @@ def draw_in_chunks(key, models, n_select, n_chunks, state, score_of, add_chunk, 
 
     Args:
       models: `models_of`.
-      state: what the sampler keeps of the pairs drawn so far, at first of none.
+      state: what the sampler has summed over the pairs drawn so far. At first T is empty.
       score_of: (k, state) -> the conditional scores [N] by which chunk k is drawn.
       add_chunk: (state, chunk, used_C) -> the state once a chunk is drawn. chunk has the chunk's
         embeddings by each model, {name: {'image', 'text'}} [C, E].
@@ -412,12 +420,12 @@ def jointly_sample_softmax(key, learner, reference, n_select, n_chunks=16, *, ki
     Under one model candidate i, given T, has the loss
         -t z_i.z_i + (log sum over j in T of exp(t image_i.text_j)
                       + log sum over j in T of exp(t text_i.image_j)) / 2.
-    Its own pair is not in the sums. The first chunk is drawn by the first term alone. The score is
-    the learner's loss minus the reference's (in the first chunk of the paper's print both are the
-    learner's, a slip).
+    Candidate i itself is not in the sums. The first chunk is drawn by the first term alone. The
+    score is the learner's loss minus the reference's. (In the first chunk the printed pseudo-code
+    takes both from the learner, which we read as a slip.)
 
-    The two logarithms are what is kept for each model and candidate. After a chunk is drawn they
-    take in its members: log(exp(old) + exp(new)).
+    The sampler keeps the two logarithms for each model and candidate. After a chunk is drawn it
+    adds the chunk's members to them: log(exp(old) + exp(new)).
     """
     models = models_of(kind, learner, reference)
     self_N = self_score(kind, learner, reference, "softmax")
@@ -620,8 +628,8 @@ def train_step(state, index, key, batch_N, *, method, model, reference_model, op
         learner, reference = embed_both(state, batch_N, method, model, reference_model,
                                         low_patch=method.low_patch)
         pick_S = select(key_select, learner, reference, method, model.loss)
-        # Back into the super-batch's order, which is random. In the order of the draw flexi_jest's
-        # halves, every second pick, would not be a random half.
+        # Restore the super-batch's order, which is random. flexi_jest halves T by taking every
+        # second row. In the order of the draw that would be no random half.
         pick_S = jnp.sort(pick_S)
         batch_S = {k: devices.take(v, pick_S) for k, v in batch_S.items()}
         metrics = {"pick": pick_S}
@@ -666,6 +674,7 @@ def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chun
     reused = b if reuse and not flexi else 0
     return {
         "learner": 3 * b * (F + F_low) // 2 if flexi and cotrain else 3 * b * F,  # b is even
+        # 'actor' is whatever scores: here it is the learner
         "actor_scoring": (B - reused) * (F_low if flexi else F)
                          if scores and "learner" in SCORES[kind] else 0,
         "selection": sampler_flops(kind, b, B, n_chunks if "jest" in method else 1, embed,
@@ -741,9 +750,10 @@ def make_forwards(model):
 def diagnose(state, key, batch_N, *, method, model, reference_model):
     """What selection does to one super-batch, inside `pmap`.
 
-    Returns: metrics, the self-scores [B] and the joint picks [b]. Metrics are the score of a
-    uniform, an independent and a joint sub-batch (the learner's loss of it minus the reference's).
-    With `method.low_patch`, also how well coarse scores stand in for full ones.
+    Returns: metrics, the self-scores [B] and the arm's own picks [b]. The metrics are the score of
+    a uniform, an independent and a joint sub-batch: the learner's loss of it minus the reference's
+    (section 3.1's batch score). With `method.low_patch` they also tell how well scores at coarse
+    patches agree with scores at full resolution.
     """
     full = embed_both(state, batch_N, method, model, reference_model)
     used = full
@@ -772,7 +782,7 @@ def diagnose(state, key, batch_N, *, method, model, reference_model):
     if method.low_patch:
         metrics["rank_correlation"] = spearman(self_score_B(used), self_score_B(full))
         metrics["pick_overlap"] = jnp.isin(pick_S, picks(full, "jest")).mean()
-    return metrics, self_score_B(used), pick_S
+    return metrics, self_score_B(used), picks(used, method.method)
 
 
 def spearman(x_B, y_B):
@@ -807,7 +817,7 @@ def check(config):
     """Raises ValueError, naming the flag, for flags that do not go together, whatever the data."""
     require = functools.partial(flags.require, config)
     methods = [split_arm(arm)[0] for arm in config.arms]
-    flags.require_arms(config, config.arms)
+    flags.require_arms(config, config.arms)  # `split_arm` knows the names: this finds repeats
     require("curated" not in config.arms or not siglip.is_published(config.reference), "reference",
             "'curated' or a checkpoint with the arm curated: published weights set no part apart; "
             "name --arms without it")
@@ -843,8 +853,9 @@ def build_model(config, flag, source, vocab):
 
 
 def make_arm(arm, config, model, reference_model):
-    """What trains an arm, or the 'reference', whose training is a uniform run: the number of steps,
-    the `Method`, the optimiser, and `train_step` and `diagnose` as a `devices.pmap`."""
+    """What an arm is trained with: the number of steps, the `Method`, the optimiser, and
+    `train_step` and `diagnose` as a `devices.pmap`. The stage 'reference' counts as an arm here,
+    and is a uniform run."""
     name, kind = ("uniform", "learnability") if arm == "reference" else split_arm(arm)
     steps = (name in SELECTS and config.active_steps) or config.steps
     peak = (name in SELECTS and config.active_learning_rate) or config.learning_rate
@@ -878,8 +889,9 @@ def arm_cost(method, config, model, reference_model, reuse=False):
 
 
 def iteration_cost(name, cost, cost_if_reused, uniform_cost):
-    """A line on what an iteration of an arm costs relative to uniform's. Passes of the reference
-    are left out, as in the paper. The costs: `step_flops`."""
+    """A line on what an iteration of an arm costs relative to uniform's. The costs are bills of
+    `step_flops`. Forwards of the reference are left out, as in the paper. flexi_jest cannot reuse
+    its forward, so that its two figures are equal."""
     total = lambda bill: flops.total_flops(bill, "foundation_dataset")
     once, reused = (100 * total(c) / total(uniform_cost) for c in (cost, cost_if_reused))
     return (f"an iteration of {name} costs {once:.0f} % of uniform's; {reused:.0f} % if the "

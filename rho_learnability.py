@@ -1,30 +1,34 @@
 """Bad Students Make Great Teachers: active learning with small proxies (Evans et al., 2312.05328).
 
 Algorithm 1. There are three models: a large learner, a small online proxy that is trained beside
-it, and a small frozen reference. One step:
+it, and a small reference. The reference is trained first (`frozen_reference` in `main`) and then
+frozen. One step:
   1. draw a super-batch of B = ratio * b examples                             `data.batches`
   2. score each by learnability, l_act(x | proxy) - l_act(x | reference)      `score_super_batch`
   3. draw b of them, without replacement, by softmax(gain * score)            `select`
-  4. update the learner on this sub-batch by its own loss, without weights    `update`
+  4. update the learner on them by its own loss, without importance weights   `update`
   5. update the proxy on the same sub-batch, likewise                         `update`
-The learner never scores, and the proxy never trains on what was not picked. So scoring costs what
-a small model costs; `step_flops` keeps the bill.
+The learner never scores, and the proxy never trains on what was not picked. So scoring costs only
+forwards of small models. `step_flops` counts the FLOPs of a step, and `LEVELS` in common/flops.py
+says which of them the paper's four levels of amortisation charge.
 
 There are two tasks. In classification (ClassAct) l_act is the cross-entropy. In image-text training
 (ActiveCLIP, ActiveSigLIP) l_act is -z_im.z_txt, while the models train on a contrastive loss. The
 arm `rho_loss` is the method's ancestor (Mindermann et al., 2206.07137): the learner itself scores,
-and the b highest are taken. In the names of files and roles 'actor' is the proxy.
+and the b highest are taken. In `state`, in metrics and in the bill 'actor' is whatever scores: the
+proxy, or the learner in `rho_loss`.
 
 Dimension letters: B super-batch, N a device's share of it, S sub-batch (b) or a device's share of
-it, A rows of all devices, C classes (in NHWC: channels), E embedding, H W image.
+it, A all rows of a batch on all devices, C classes (in NHWC: channels), E embedding, T tokens,
+H W image.
 
 A minute on two CPU cores:  python rho_learnability.py
-README's measurements:      python rho_learnability.py --preset=fashion_mnist, or emoji: see there
+The measurements:           --preset=fashion_mnist, or emoji; full commands in docs/results.md
 The paper's model sizes:    python rho_learnability.py --preset=classact_L, or activeclip_B
                             (generated images, a short schedule: give --dataset and --steps)
 
 Where the paper is silent there is a flag (sampling, score gain, scored view, staleness). Where we
-differ from it: README, "Where we differ from the paper, or it is silent".
+differ from it is listed in docs/differences.md.
 """
 
 import dataclasses
@@ -46,7 +50,7 @@ TOY = {"image_size": 16, "examples": 60_000, "tail": 0.0, "radius": 0.38, "domai
 TOY_NOISE = {"label_noise": 0.4, "caption_noise": 0.4}
 
 PRESETS = {
-    # the README's tables
+    # the tables of docs/results.md
     "fashion_mnist": dict(
         arms=["uniform", "learnability"], dataset="fashion_mnist", label_noise=0.4, patch=7,
         learner="96/4/384/4", proxy="32/2/128/2", score_gain=2.0, held_out_fraction=0.2,
@@ -79,30 +83,31 @@ PRESETS = {
 def define_flags():
     f = flags.Group("Method")
     f.names("arms", ["uniform", "learnability", "held_out"], f"of {', '.join(ARMS)}; the "
-            "first is the baseline. held_out is the control that decides for a user: the learner, "
-            "trained on the reference's held-out part alone")
+            "first of the list is the baseline. held_out is a control: the learner, trained on the "
+            "reference's held-out part alone. Selection is worth its cost only if it beats that")
     f.number("ratio", 5.0, "[1, inf)", "B/b: super-batch over sub-batch (paper: 2 throughout)")
     f.number("score_gain", 5.0, "(0, inf)", "examples are drawn by softmax(score_gain * score): 1 "
-             "/ temperature (the paper prints none). Scores of image_text differ by 2 or less, so "
-             "that a gain of 1 hardly selects there. For the limit of large gains: --sampling=topk")
+             "/ temperature (the paper prints none). Scores of image_text lie in [-2, 2], so that "
+             "a gain of 1 hardly selects there. --sampling=topk is the limit of large gains")
     f.choice("sampling", "gumbel", ["gumbel", "replacement", "topk"], "'gumbel': without "
              "replacement; 'replacement': with it; 'topk': the b highest scores (rho_loss: always)")
     f.choice("score_view", "clean", ["clean", "train"], "score the plain image, or the augmented "
              "one that will be trained on")
     f.integer("staleness", 0, "[0, inf)", "score with the proxy's weights from this many steps ago")
-    f.text("reference", "held_out", "'in_domain' (ClassAct): the reference is trained first, on "
-           "the pool; 'held_out' (ClassAct-HO): on a part of it that the arms that select leave "
-           "out; 'online' (ClassAct-Online): beside the learner, on the whole super-batch as it is "
-           "scored; or the checkpoint directory of such a stage ('{seed}' is filled in)")
+    f.text("reference", "held_out", "what the reference is trained on. 'in_domain' (ClassAct): "
+           "first, on the whole pool; 'held_out' (ClassAct-HO): first, on a part of the pool, from "
+           "which no arm then selects; 'online' (ClassAct-Online): beside the learner, on each "
+           "super-batch that it scores; or the checkpoint directory of a trained reference "
+           "('{seed}' is filled in), with which no part is held out")
     f.choice("reference_scores", "cached", ["cached", "computed"], "score the pool once, by "
              "example id, or compute the reference's scores anew in each step")
     f.integer("reference_steps", 600, "[0, inf)", "updates of the reference, and of the "
               "control on its data; 0: as many as --steps")
     f.number("reference_noise", 0.0, "[-1, 1]", "label or caption noise of the reference's "
-             "training set; -1: the pool's")
-    f.number("held_out_fraction", 0.04, "(0, 1)", "part of the pool that is the held-out "
-             "reference's")
-    f.choice("actor_init", "random", ["random", "reference"], "first weights of the proxy")
+             "training set; -1: the pool's, as --reference=in_domain must have it")
+    f.number("held_out_fraction", 0.04, "(0, 1)", "part of the pool that trains the reference "
+             "of --reference=held_out")
+    f.choice("actor_init", "random", ["random", "reference"], "initial weights of the proxy")
 
     f = flags.Group("Models")
     f.choice("task", "classification", ["classification", "image_text"], "ClassAct, or ActiveCLIP "
@@ -120,8 +125,8 @@ def define_flags():
 
     f = flags.Group("Optimisation")
     f.integer("steps", 1000, "[1, inf)", "updates of the learner")
-    f.integer("active_steps", 0, "[0, inf)", "updates in the arms that select, whose schedule "
-              "then ends there; 0: as many as --steps")
+    f.integer("active_steps", 0, "[0, inf)", "updates in the arms that select; their learning rate "
+              "is 0 at that step. 0: as many as --steps")
     f.integer("batch_size", 128, "[1, inf)", "b: examples per update")
     f.number("learning_rate", 3e-3, "(0, inf)", "peak, of AdamW; linear warm-up, cosine to 0")
     f.number("proxy_learning_rate", 4e-3, "[0, inf)", "peak, of the online proxy")
@@ -154,8 +159,8 @@ def init(key, model):
 
     A classifier's head starts at 0: its loss is log C for every example, so that at step 0 the
     proxy's part of the score is the same for every example. For pairs t = exp(log_t) starts at 10
-    and b at -10, as in SigLIP, for both losses (in CLIP t starts at 1 / 0.07 and is capped at 100).
-    The softmax loss has no b: it would cancel.
+    with both losses, as in SigLIP (in CLIP it starts at 1 / 0.07 and is capped at 100). The sigmoid
+    loss has a bias b too, which starts at -10. In the softmax loss a bias would cancel.
     """
     key_image, key_text = jax.random.split(key)
     if model.loss == "cross_entropy":
@@ -234,7 +239,8 @@ def select(key, score_B, n, score_gain=1.0, sampling="gumbel"):
 
 
 def augment(key, index_N, image_NHWC, kind):
-    """A view of each image, drawn from its place in the super-batch: the same on any device."""
+    """A random view of each image. It depends only on `key` and on the image's index in the
+    super-batch, so that any number of devices draws the same."""
     if kind not in ("none", "shift", "shift_flip"):
         raise ValueError(f"kind {kind!r}: want 'none', 'shift' or 'shift_flip'")
     if kind == "none":
@@ -434,7 +440,7 @@ def step_flops(arm, batch_size, ratio, F_L, F_p, reference):
         "learner": 3 * b * F_L,
         "actor_scoring": B * F_L if arm == "rho_loss" else B * F_p if has_proxy else 0,
         "actor_training": 3 * b * F_p if has_proxy else 0,
-        # an operation each: subtract, divide, add noise, and log2(B) comparisons to place it
+        # for each candidate: subtract, multiply by the gain, add noise, about log2(B) comparisons
         "selection": B * (3 + max(B, 2).bit_length()) if arm in SELECTS else 0,
         "reference_scoring": B * F_p if reference == "computed" else 0,
         # online: trained on the super-batch, the same forward scores it
@@ -486,7 +492,8 @@ def make_forward(model):
 
 
 def score_after(state, index, key, batch_N, method, learner, proxy, optimisers):
-    """(scores [B], picks [b]) of a super-batch after training, for picks.png; inside `pmap`."""
+    """(scores [B], picks [b]) of a super-batch after training, for picks.png; inside `pmap`. It
+    scores the plain images, also with score_view 'train'."""
     _, score_B = score_super_batch(state, index, batch_N, method=method, learner=learner,
                                    proxy=proxy, optimisers=optimisers)
     return score_B, pick(jax.random.fold_in(key, index), score_B, method)
@@ -505,6 +512,9 @@ def check(config, explicit=()):
     require(config.score_view == "clean" or config.reference_scores == "computed" or
             config.augment == "none" or config.reference == "online", "reference_scores",
             "'computed' with --score_view=train: a view that changes cannot be cached")
+    require(config.reference != "in_domain" or config.reference_noise == -1, "reference_noise",
+            "-1 with --reference=in_domain: otherwise the reference is shown the true labels of "
+            "the very examples that it scores")
     require(config.actor_init == "random" or config.reference != "online", "actor_init",
             "'random' with an online reference")
     require(config.actor_init == "random" or "hard_learner" not in config.arms, "actor_init",
@@ -546,8 +556,11 @@ def build_models(config, source, vocab):
 
 
 def make_arm(arm, config, learner, proxy):
-    """What trains an arm, or the 'reference', whose training is a uniform run of the proxy: the
-    number of steps, the `Method`, the optimisers, and `train_step` as a `devices.pmap`."""
+    """What an arm is trained with: the number of steps, the `Method`, the optimisers, and
+    `train_step` and `score_after` as a `devices.pmap`.
+
+    The stage 'reference' counts as an arm here. It trains the proxy's architecture uniformly.
+    """
     method = flags.build(Method, config, arm=arm)
     steps, peak = (arm in SELECTS and config.active_steps) or config.steps, config.learning_rate
     if arm == "held_out":
@@ -607,16 +620,16 @@ def main():
     devices.start(config)
     check(config, explicit)
     text = config.task == "image_text"
-    needed, planted, noise_flag = (("caption", "tokens", "caption_noise") if text else
-                                   ("label", "label", "label_noise"))
+    needed, field, noise_flag = (("caption", "tokens", "caption_noise") if text else
+                                 ("label", "label", "label_noise"))
     noise = flags.planted(config, noise_flag, TOY_NOISE[noise_flag])
     encode, vocab = data.tokenizer(config.tokenizer)
-    source, test_source = data.open_splits(config, encode, context=config.context * text,
+    source, test_source = data.open_splits(config, encode, context=config.context if text else 0,
                                            need=(needed,), toy_image_size=TOY["image_size"])
     b, B = config.batch_size, round(config.ratio * config.batch_size)
     held_out = config.reference == "held_out"
     if set(config.arms) & set(SELECTS):
-        n_held_out = held_out * round(config.held_out_fraction * len(source.ids))
+        n_held_out = round(config.held_out_fraction * len(source.ids)) if held_out else 0
         data.check_batch(source.ids[n_held_out:], B, f"--ratio={config.ratio:g}")
     learner, proxy = build_models(config, source, vocab)
     about = {"model": {k: vit.architecture(v) for k, v in vars(proxy).items() if k != "loss" and v},
@@ -663,7 +676,7 @@ def main():
 
     shown, counts = None, {}
     for seed in config.seeds:
-        whole = data.Pool(source, noise=noise, field=planted, seed=seed)
+        whole = data.Pool(source, noise=noise, field=field, seed=seed)
         key_init, key_steps = jax.random.split(jax.random.key(seed))
         train_pool, pool_of_reference = whole, whole
         if held_out:
@@ -675,9 +688,8 @@ def main():
         if set(config.arms) & set(NEEDS_REFERENCE) and config.reference != "online":
             frozen = frozen_reference(seed, pool_of_reference, train_pool, key_init, key_steps)
 
-        for name, arm in arms.items():
-            if name == "reference":
-                continue
+        for name in config.arms:
+            arm = arms[name]
             params, losses, setup, kind = None, None, train.Totals(), None
             if name in NEEDS_REFERENCE:
                 kind = "online" if frozen is None else config.reference_scores

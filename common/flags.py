@@ -104,8 +104,8 @@ def define_shared(script, *, toy, toy_noise, eval_every):
              "balanced")
     f.number("toy_radius", toy["radius"], "[0.15, 0.4]", "toy: mean radius of the objects, as a "
              "part of the image's width; large ones are easier to learn")
-    f.integer("toy_domains", toy["domains"], "[0, 30]", "toy: number of domains, each with a "
-              "ground of its own; the class is then domain and shape. 0: it is colour and shape")
+    f.integer("toy_domains", toy["domains"], "[0, 30]", "toy: number of domains, each with its own "
+              "background; the class is then domain and shape. 0: it is colour and shape")
     f.number("toy_duplicates", 0.1, "[0, 1)", "toy: fraction of near-duplicates")
     f.number("toy_hopeless", 0.05, "[0, 1)", "toy: fraction of images of pure noise")
     f = Group("The run")
@@ -169,7 +169,7 @@ def as_typed(preset):
 
 
 def read_seeds(texts):
-    """Different seeds must be different runs, and jax.random.key takes 32 bits."""
+    """The seeds as ints. They must differ, and jax.random.key takes 32 bits."""
     try:
         seeds = [int(text) for text in texts]
     except ValueError:
@@ -230,7 +230,7 @@ def run(main):
     """Parses the flags and calls main(). Bad input, a loss that is not finite, a full or read-only
     disk and a stop that was asked for end with one line on stderr; DEBUG=1 shows the traceback."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    logging.get_absl_handler().addFilter(  # what jax and optax tell of themselves
+    logging.get_absl_handler().addFilter(  # drops the INFO lines of jax and other libraries
         lambda record: record.levelno > py_logging.INFO or record.pathname.startswith(root))
 
     def parse(argv):
@@ -260,7 +260,7 @@ def end(error, code):
     """Prints the one line."""
     text = one_line(error)
     if code == 4:
-        text += ": mend that, and the same command goes on from the last checkpoint"
+        text += ": make room or give access, then the same command goes on from the last checkpoint"
     print(text if code == 130 else f"error: {text}", file=sys.stderr, flush=True)
     return code
 
@@ -270,7 +270,7 @@ def one_line(error):
 
 
 def leave(code):
-    """jax's exit barrier would keep this host waiting for the others, for minutes."""
+    """Ends the program. With several hosts it skips jax's exit barrier, which waits minutes."""
     os._exit(code) if jax.distributed.is_initialized() else sys.exit(code)
 
 

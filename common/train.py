@@ -41,7 +41,8 @@ FREE = ("workdir", "arms", "seeds", "coordinator", "num_processes", "process_id"
 
 
 class Run:
-    """The work directory of a command, which it holds alone, and whether a stop was asked for.
+    """The work directory of a command, locked against other processes. `stop` is true once the user
+    has asked for a stop.
 
     data: {split: fingerprint of its records}. Together with the flags it must be what the directory
     was made with.
@@ -163,8 +164,9 @@ class Stop:
 
 @dataclasses.dataclass
 class Totals:
-    """What has been spent. Seconds are those of training alone; `setup_seconds` are those that went
-    before it: a reference's training and scores. flops: {role: operations}."""
+    """What has been spent. `seconds` are those of training, without evaluation. `setup_seconds`
+    went before: a reference's training and scoring. `examples_scored` are those drawn from the
+    pool: a uniform arm scores none, and counts what it trains on. flops: {role: operations}."""
     step: int = 0
     examples_trained: int = 0
     examples_scored: int = 0

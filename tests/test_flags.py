@@ -121,8 +121,8 @@ def test_help_shows_each_flag_in_its_group_with_range_and_default(resolve, capsy
     (ValueError("two\nlines"), 2, "error: two lines\n"),
     (FloatingPointError("the loss is nan"), 3, "error: the loss is nan\n"),
     (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there"), 4,
-     "error: [Errno 28] No space left on device: 'there': mend that, and the same command goes on "
-     "from the last checkpoint\n"),
+     "error: [Errno 28] No space left on device: 'there': make room or give access, then the same "
+     "command goes on from the last checkpoint\n"),
     (flags.Stopped("stopped after step 3"), 130, "stopped after step 3\n")])
 def test_expected_errors_end_with_one_line_and_a_code(monkeypatch, capsys, error, code, line):
     def main():

@@ -500,6 +500,12 @@ def test_the_diagnosis_of_a_super_batch_is_the_slow_one(on_devices, low_patch, n
             np.diag(S_used), np.diag(S)), atol=1e-5)
         overlap = np.isin(joint, slow_picks(key, *full, 8, 3)).mean()
         assert metrics["pick_overlap"] == overlap < 1
+    elif n == 1:  # the picks are the arm's own
+        alone = dataclasses.replace(how, method="independent")
+        _, _, pick_S = on_devices(
+            n, functools.partial(jest.diagnose, method=alone, model=model, reference_model=small),
+            state, key, sharded(batch, n), in_axes=(None, None, 0))
+        np.testing.assert_array_equal(pick_S, slow_picks(key, *used, 8, 1))
 
 
 # -------------------------------------------------------------------------------------- the bill
