@@ -1,6 +1,7 @@
 """Joint selection does what the paper prints, streaming or dense, on any number of devices."""
 
 import collections
+import dataclasses
 import functools
 import itertools
 import math
