@@ -578,7 +578,7 @@ def update(state, batch, model, optimiser, low_patch=0):
 @dataclasses.dataclass(frozen=True)
 class Method:
     """The settings of one arm that `train_step` needs. The flags of the same names explain them."""
-    method: str  # one of METHODS
+    name: str  # one of METHODS
     kind: str  # one of SCORES
     batch_size: int  # b, on all devices together
     n_chunks: int = 16
@@ -624,7 +624,7 @@ def train_step(state, index, key, batch_N, *, method, model, reference_model, op
     truth_B = {k: gather(v, AXIS) for k, v in batch_N.items() if v.dtype == bool}
     batch_S = {k: batch_N[k] for k in ("image", "tokens")}
     pick_S, state, metrics = jnp.arange(method.batch_size), dict(state), {}
-    if method.method != "uniform":
+    if method.name != "uniform":
         learner, reference = embed_both(state, batch_N, method, model, reference_model,
                                         low_patch=method.low_patch)
         pick_S = select(key_select, learner, reference, method, model.loss)
@@ -644,7 +644,7 @@ def train_step(state, index, key, batch_N, *, method, model, reference_model, op
 def select(key, learner, reference, method, loss):
     """The b picks of an arm that selects, in the order drawn; inside `pmap`."""
     settings = dict(kind=method.kind, score_gain=method.score_gain, axis=AXIS)
-    if method.method == "independent":
+    if method.name == "independent":
         return independently_sample(key, learner, reference, method.batch_size, loss=loss,
                                     **settings)
     return SAMPLERS[loss](key, learner, reference, method.batch_size, method.n_chunks, **settings)
@@ -762,7 +762,7 @@ def diagnose(state, key, batch_N, *, method, model, reference_model):
                           low_patch=method.low_patch)
 
     def picks(models, how):
-        return select(key, *models, dataclasses.replace(method, method=how), model.loss)
+        return select(key, *models, dataclasses.replace(method, name=how), model.loss)
 
     def self_score_B(models):
         return gather(self_score(method.kind, *models, model.loss), AXIS)
@@ -782,7 +782,7 @@ def diagnose(state, key, batch_N, *, method, model, reference_model):
     if method.low_patch:
         metrics["rank_correlation"] = spearman(self_score_B(used), self_score_B(full))
         metrics["pick_overlap"] = jnp.isin(pick_S, picks(full, "jest")).mean()
-    return metrics, self_score_B(used), picks(used, method.method)
+    return metrics, self_score_B(used), picks(used, method.name)
 
 
 def spearman(x_B, y_B):
@@ -823,9 +823,7 @@ def check(config):
             "name --arms without it")
     require(config.n_chunks <= config.batch_size, "n_chunks",
             f"at most one chunk per example of the sub-batch, {config.batch_size}")
-    for steps in {config.steps, config.active_steps, config.reference_steps} - {0}:
-        require(round(config.warmup * steps) < steps, "warmup", "less than all of the steps: with "
-                f"{steps} steps nothing is left after it")
+    flags.require_warmup(config, config.steps, config.active_steps, config.reference_steps)
     devices.divides(batch_size=config.batch_size)
     n = jax.device_count()
     require(super_batch_size(config) % n == 0, "filter_ratio", "a super-batch, batch_size / (1 - "
@@ -864,7 +862,7 @@ def make_arm(arm, config, model, reference_model):
                              config.reference_learning_rate, "uniform")
     if arm == "reference":
         model = reference_model
-    method = flags.build(Method, config, method=name, kind=kind,
+    method = flags.build(Method, config, name=name, kind=kind,
                          low_patch=config.low_patch if name == "flexi_jest" else 0)
     optimiser = adam(peak, steps, warmup=config.warmup, weight_decay=config.weight_decay,
                      b2=config.beta2, clip_norm=config.clip_norm)
@@ -881,7 +879,7 @@ def arm_cost(method, config, model, reference_model, reuse=False):
     computed = config.reference_scores == "computed"
     F_low = forward_flops(cut_at(model, method.low_patch)) if method.low_patch else 0
     return step_flops(
-        method.method, method.kind, config.batch_size, super_batch_size(config),
+        method.name, method.kind, config.batch_size, super_batch_size(config),
         forward_flops(model), F_low=F_low, n_chunks=config.n_chunks, embed=config.embed,
         embed_reference=embedding_width(reference_model),
         F_reference=forward_flops(reference_model) if computed else 0, cotrain=config.cotrain,
@@ -1043,13 +1041,13 @@ def main():
             curated = curated.replant(config.reference_noise)
         key_init, key_reference, key_steps = jax.random.split(jax.random.key(seed), 3)
         frozen = None
-        if any(arm.method.method != "uniform" and "reference" in SCORES[arm.method.kind]
+        if any(arm.method.name != "uniform" and "reference" in SCORES[arm.method.kind]
                for arm in arms.values()):
             frozen = frozen_reference(seed, curated, train_pool, key_reference, key_steps)
 
         for name in config.arms:
             arm = arms[name]
-            selects = arm.method.method != "uniform"
+            selects = arm.method.name != "uniform"
             state = {"learner": new_state(key_init, model, arm.optimiser)}
             cached, setup, look = None, train.Totals(), None
             if selects and "reference" in SCORES[arm.method.kind]:
@@ -1062,14 +1060,13 @@ def main():
                 after = next(load(arm.steps + 1, arm.steps))
                 look = lambda state, arm=arm, after=after: jax.device_get(
                     arm.look(state, key_steps, after))
-            if selects:
                 counts[name, seed] = picks.Counts(pool, seed, n)
             stage = run.stage(name, seed, arm.steps, spent=setup, counts=counts.get((name, seed)))
             state = train_stage(stage, state, arm.step, key_steps,
                                 functools.partial(load, arm.steps), evaluator(model, look),
                                 trained=b, scored=n, flops=costs[name])
             # picks.png: of the first arm that selects, but rather of jest than of independent
-            if selects and (shown is None or (arm.method.method == "jest"
+            if selects and (shown is None or (arm.method.name == "jest"
                                               and shown["arm"] == "independent")):
                 _, score_B, pick_S = look(state)
                 shown = dict(arm=name, pool=pool, score_B=score_B, pick_S=pick_S,
@@ -1079,7 +1076,7 @@ def main():
         picks.write(run.path("picks.csv"), counts)
         report.conclude(config.workdir, picks=shown)
         for name in config.arms:
-            if arms[name].method.method != "uniform":
+            if arms[name].method.name != "uniform":
                 reused = arm_cost(arms[name].method, config, model, reference_model, reuse=True)
                 uniform = step_flops("uniform", "learnability", b, B, forward_flops(model))
                 print(iteration_cost(name, costs[name], reused, uniform))

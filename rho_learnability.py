@@ -525,9 +525,7 @@ def check(config, explicit=()):
                          "classification, --caption_noise to image_text")
     require("held_out" not in config.arms or config.reference == "held_out", "reference",
             "'held_out' with the arm of that name")
-    for steps in {config.steps, config.active_steps, config.reference_steps} - {0}:
-        require(round(config.warmup * steps) < steps, "warmup", "less than all of the steps: with "
-                f"{steps} steps nothing is left after it")
+    flags.require_warmup(config, config.steps, config.active_steps, config.reference_steps)
     devices.divides(batch_size=config.batch_size)
     n = jax.device_count()
     require(round(B) % n == 0, "ratio", f"a super-batch (ratio * batch_size) that divides over {n} "

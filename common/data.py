@@ -82,20 +82,26 @@ def tokenizer(name):
     """
     if name in ("words", "bytes"):
         return (word_ids, WORD_IDS + MARKS) if name == "words" else (byte_ids, VOCAB)
-    path = os.path.expanduser(name)
+    pieces, size = open_sentencepiece(name, "tokenizer", "'words', 'bytes' or ")
+    return lambda caption: np.array(pieces(caption), np.int32) + MARKS, size + MARKS
+
+
+def open_sentencepiece(path, flag, other=""):
+    """(encode: text -> its raw ids, number of pieces) of a sentencepiece model file.
+
+    Raises: ValueError with one line that names the flag, and what `other` values it takes."""
+    where, path = f"--{flag}={path}", os.path.expanduser(path)
     if not os.path.isfile(path):
-        raise ValueError(f"--tokenizer={name}: neither 'words', 'bytes' nor a sentencepiece file")
+        raise ValueError(f"{where}: no such file; want {other}a sentencepiece model")
     try:
         import sentencepiece
     except ImportError:
-        raise ValueError(f"--tokenizer={name} needs `pip install sentencepiece`") from None
+        raise ValueError(f"{where} needs `pip install sentencepiece`") from None
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=path)
     except Exception as e:
-        raise ValueError(f"--tokenizer={name}: not a sentencepiece model "
-                         f"({prepared.reason(e)})") from None
-    return (lambda caption: np.array(pieces.encode(caption), np.int32) + MARKS,
-            pieces.vocab_size() + MARKS)
+        raise ValueError(f"{where}: not a sentencepiece model ({prepared.reason(e)})") from None
+    return pieces.encode, pieces.vocab_size()
 
 
 def fingerprint(encode):
@@ -278,6 +284,7 @@ class Pool:
                 out[field][moved] = given[field]
         return {**out, "noisy": noisy, "id": np.asarray(ids)}
 
+    @functools.cached_property
     def noisy(self):
         """Which of the examples do not have their own label or caption: bool [len(self)]."""
         return np.concatenate([batch["noisy"][batch["valid"]] for batch in sweep(self, 512)])

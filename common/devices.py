@@ -105,12 +105,13 @@ def host():
     return jax.process_index(), jax.process_count()
 
 
-def agree(flag):
-    """Process 0's answer on every host, where a file may appear between two hosts' looks at it."""
+def agree(value):
+    """Process 0's bool or whole number, on every host. A file may change between two hosts' looks
+    at it. No host goes on before process 0 is here."""
     if jax.process_count() == 1:
-        return flag
+        return value
     from jax.experimental import multihost_utils
-    return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+    return type(value)(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def to_host(tree):
@@ -125,11 +126,6 @@ def mean(tree):
         return tree
     flat, unravel = jax.flatten_util.ravel_pytree(tree)
     return unravel(jax.lax.pmean(flat, AXIS))
-
-
-def gather(x):
-    """Every device's rows [R, ...] in order, [n R, ...], on every device; differentiable."""
-    return jax.lax.all_gather(x, AXIS, tiled=True)
 
 
 def take(x_N, index_S):

@@ -200,6 +200,14 @@ def require_arms(config, known):
             "at least one arm, and each once")
 
 
+def require_warmup(config, *steps):
+    """Raises ValueError if one of the schedules, of so many steps, would be all warm-up.
+    With 0 steps there is no schedule."""
+    for n in filter(None, steps):
+        require(config, round(config.warmup * n) < n, "warmup", "less than all of the steps: with "
+                f"{n} steps nothing is left after it")
+
+
 def planted(config, flag, toy):
     """The noise to plant: the flag's value, or, if that is -1, `toy` in toy and none elsewhere."""
     require(config, config[flag] == -1 or config[flag] >= 0, flag, "a fraction from 0 to 1, or -1")

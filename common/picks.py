@@ -15,7 +15,7 @@ class Counts:
         self.pool, self.seed, self.n = pool, seed, n
         # saved in the arm's checkpoints
         self.arrays = {k: np.zeros(len(pool), np.int32) for k in ("offered", "taken")}
-        self.noisy = pool.noisy() if pool.noise else np.zeros(len(pool), bool)
+        self.noisy = pool.noisy if pool.noise else np.zeros(len(pool), bool)
 
     def add(self, step, pick_S):
         """Step `step` picked the examples `pick_S` (indices) of its super-batch."""

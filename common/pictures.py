@@ -92,8 +92,8 @@ def picks(tracks, average, *, pool, arm, ids, score_B, pick_S, n_images=12):
         for ax, i, wrong in zip(axes, which, batch["noisy"]):
             text = pool.source.describe(pool.donor(ids[i:i + 1])[0])
             ax.set_title(f"{score_B[i]:+.2f}", fontsize=9)
-            ax.set_xlabel(textwrap.fill(text if len(text) < 34 else text[:31] + "...", 17),
-                          color=WRONG if wrong else "black", fontsize=8, parse_math=False)
+            ax.set_xlabel(textwrap.fill(text, 19, max_lines=5, placeholder=" ..."),
+                          color=WRONG if wrong else "black", fontsize=7, parse_math=False)
     axes = below.subplots(1, len(tracks), squeeze=False)[0] if tracks else ()
     for ax, kind in zip(axes, tracks):
         for (name, track), colour in zip(tracks[kind].items(), itertools.cycle(COLOURS)):

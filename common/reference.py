@@ -79,7 +79,7 @@ def load_published(path, tokenizer, image_size=0, dtype="float32"):
     if not tokenizer:
         raise ValueError(f"{where}: published weights need --reference_tokenizer, the "
                          "sentencepiece model file that belongs to them")
-    encode, vocab = siglip.open_tokenizer(tokenizer)
+    encode, vocab = data.open_sentencepiece(tokenizer, "reference_tokenizer")
     try:
         model, params = siglip.load(path, image_size=image_size or None, vocab=vocab)
     except ValueError as e:  # it begins with the path
@@ -228,7 +228,7 @@ def embed_pool(path, source, shape, embed, *, stop=lambda: False, record_after=1
         record, sha = read_record(path, source)
     elif jax.process_index() == 0:
         np.lib.format.open_memmap(path, "w+", np.float32, shape)  # holes, which take no space yet
-    N, done, seconds = shape[0], from_first_host(record["rows"]), record["seconds"]
+    N, done, seconds = shape[0], devices.agree(record["rows"]), record["seconds"]
     array = np.load(path, mmap_mode="r")
     if done == N:
         return array, seconds
@@ -257,7 +257,7 @@ def embed_pool(path, source, shape, embed, *, stop=lambda: False, record_after=1
             if stops:
                 raise flags.Stopped(f"stopped after {done} of {N} examples were embedded, which "
                                     "are saved: the same command goes on from there")
-    from_first_host(done)  # the others wait until the last row is written
+    devices.agree(done)  # the others wait until the last row is written
     return np.load(path, mmap_mode="r"), seconds
 
 
@@ -284,14 +284,6 @@ def read_record(path, source):
                          "again") from None
     require_source(path, theirs, source)
     return record, sha
-
-
-def from_first_host(n):
-    """Process 0's whole number, on every host. None goes on before process 0 is here."""
-    if jax.process_count() == 1:
-        return n
-    from jax.experimental import multihost_utils
-    return int(multihost_utils.broadcast_one_to_all(np.int32(n)))
 
 
 def take(array_N2E, embedded, pool, ids):

@@ -57,24 +57,6 @@ def preprocess(image_HWC, side):
     return np.asarray(image.resize((side, side), PIL.Image.BILINEAR))
 
 
-def open_tokenizer(path, flag="reference_tokenizer"):
-    """(encode: text -> its raw ids, number of pieces) of a sentencepiece model file.
-
-    Raises: ValueError, in one line, that names the flag."""
-    where = f"--{flag}={path}"
-    if not pathlib.Path(path).is_file():
-        raise ValueError(f"{where}: no such file; want a sentencepiece model")
-    try:
-        import sentencepiece
-    except ImportError:
-        raise ValueError(f"{where} needs `pip install sentencepiece`") from None
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except Exception as e:
-        raise ValueError(f"{where}: not a sentencepiece model ({type(e).__name__})") from None
-    return pieces.encode, pieces.vocab_size()
-
-
 def tokenize(text, encode, config):
     """A string -> int32 [context] for the text tower `config`.
 

@@ -243,7 +243,7 @@ def test_words_are_told_apart_whatever_their_case_and_punctuation():
 
 
 @pytest.mark.parametrize("name, word", [
-    ("nowhere.model", "neither"), ("~/nowhere.model", "neither"), (__file__, "sentencepiece")])
+    ("nowhere.model", "no such file"), ("~/nowhere.model", "no such file"), (__file__, "sentencepiece")])
 def test_a_tokenizer_that_is_none_is_refused(name, word):
     with pytest.raises(ValueError, match=rf"\A--tokenizer={re.escape(name)}.*{word}.*\Z"):
         data.tokenizer(name)

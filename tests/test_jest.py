@@ -408,14 +408,14 @@ def test_a_step_trains_on_the_picks_of_float64(n, cached, loss, how):
     gain_is_seen = False
     for index in range(3):
         batch, picks = pairs(16, seed=index), np.arange(16)
-        if how.method == "uniform":
+        if how.name == "uniform":
             batch, picks = {k: v[:8] for k, v in batch.items()}, np.arange(8)
         else:
             learner, reference = embed(params, batch, model, how.low_patch or 4), embed(
                 frozen, batch, frozen_model)
             draw = lambda gain: np.sort(slow_picks(
                 jax.random.fold_in(key, index), learner, reference, 8,
-                1 if how.method == "independent" else 3, loss=loss, kind=how.kind,
+                1 if how.name == "independent" else 3, loss=loss, kind=how.kind,
                 score_gain=gain))
             picks = draw(how.score_gain)
             gain_is_seen |= bool((picks != draw(100.0)).any())
@@ -502,7 +502,7 @@ def test_the_diagnosis_of_a_super_batch_is_the_slow_one(on_devices, low_patch, n
         overlap = np.isin(joint, slow_picks(key, *full, 8, 3)).mean()
         assert metrics["pick_overlap"] == overlap < 1
     elif n == 1:  # the picks are the arm's own
-        alone = dataclasses.replace(how, method="independent")
+        alone = dataclasses.replace(how, name="independent")
         _, _, pick_S = on_devices(
             n, functools.partial(jest.diagnose, method=alone, model=model, reference_model=small),
             state, key, sharded(batch, n), in_axes=(None, None, 0))

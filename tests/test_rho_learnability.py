@@ -367,7 +367,7 @@ def test_take_gives_each_device_its_part_of_the_picked_rows(on_devices, n):
 def augmented(on_devices, n, images, kind):
     def fn(image_N):
         index_N = devices.places({"image": image_N})
-        return devices.gather(rho.augment(jax.random.key(4), index_N, image_N, kind))
+        return rho.gather(rho.augment(jax.random.key(4), index_N, image_N, kind))
     return on_devices(n, fn, sharded(images, n), in_axes=(0,))
 
 

@@ -145,12 +145,12 @@ def test_a_real_sentencepiece_model(tmp_path):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences), model_writer=f, vocab_size=60,
             hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
-    its_encode, pieces = siglip.open_tokenizer(path)
+    its_encode, pieces = data.open_sentencepiece(path, "reference_tokenizer")
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
     assert pieces == theirs.vocab_size() and its_encode(sentences[3]) == theirs.encode(sentences[3])
     assert 1 not in its_encode(sentences[3])
     with pytest.raises(ValueError, match="--reference_tokenizer=.*not a sentencepiece model"):
-        siglip.open_tokenizer(__file__)
+        data.open_sentencepiece(__file__, "reference_tokenizer")
 
 
 # ------------------------------------------------------------------------- the embeddings of a pool
