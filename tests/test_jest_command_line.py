@@ -57,7 +57,7 @@ def test_a_run_leaves_what_the_interface_says(finished):
     assert 0 <= last["flexi_jest"]["pick_overlap"] <= 1
     for arm in ARMS:
         assert re.search(rf"^{arm} ", done.stdout, re.M)
-    assert "an iteration of jest costs 167 % of uniform's; 133 %" in done.stdout
+    assert "an iteration of jest costs 167 % of uniform's (133 %" in done.stdout
     assert "are longer than 23 tokens and are cut" in done.stderr
 
 
