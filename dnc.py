@@ -113,7 +113,7 @@ def define_flags():
     f.number("weight_decay", 1.5e-6, "[0, inf)", "inside LARS, on kernels")
     f.number("warmup", 0.05, "[0, 1)", "fraction of a stage's steps")
 
-    flags.define_shared("dnc", toy=TOY, toy_noise={}, eval_every=100)
+    flags.define_shared("dnc", toy=TOY, toy_noise={})
     f = flags.Group("Data")
     f.integer("class_cap", 0, "[0, inf)", "at most so many examples of a class in the pool: the "
               "balanced twin of a heavy-tailed set; 0: all")
@@ -277,7 +277,7 @@ def contrast_step(state, index, key, batch_N, *, model, optimiser, views, temper
       batch_N: 'image' uint8 [N, H, W, C]; 'label' [N], which is only used for a metric.
       peak: learning rate after the warm-up. warmup: a fraction of the stage. m0: see `ema_decay`.
     """
-    view1, view2 = augment.draw_views(jax.random.fold_in(key, index), devices.places(batch_N),
+    view1, view2 = augment.draw_views(jax.random.fold_in(key, index), devices.places(batch_N["image"]),
                                       batch_N["image"], views, 2)
     k1_NE, k2_NE = (project(state["target"], state["stats"], v, model)[0] for v in (view1, view2))
 
@@ -480,10 +480,10 @@ def cluster(key, h_ND, k, *, examples, restarts, iterations, seed):
         axis=AXIS)[0], (None, 0))
     assign = devices.pmap(lambda centres_KD, b: gather(
         nearest(b["x"], centres_KD, b["valid"])[0], AXIS), (None, 0))
-    begin = time.perf_counter() - devices.compiling.seconds
+    begin = devices.clock()
     centres_KD = jax.device_get(fit_to(key, sharded(h_ND[fit])))
     cluster_N = np.asarray(assign(centres_KD, sharded(h_ND)))[:len(h_ND)]
-    seconds = time.perf_counter() - devices.compiling.seconds - begin
+    seconds = devices.clock() - begin
     return cluster_N.astype(np.int32), seconds
 
 
@@ -621,7 +621,7 @@ def distil_step(state, index, key, batch_N, *, model, optimiser, views, peak, wa
       batch_N: 'image' uint8 [N, H, W, C]; 'cluster' [N] if there are experts.
       views: only the first view is used.
     """
-    view, = augment.draw_views(jax.random.fold_in(key, index), devices.places(batch_N),
+    view, = augment.draw_views(jax.random.fold_in(key, index), devices.places(batch_N["image"]),
                                batch_N["image"], views, 1)
     cluster_N, experts = batch_N.get("cluster"), state.get("experts")
     to_base_ND = represent(state["base"], view, model)
@@ -985,7 +985,7 @@ def training_pool(source, label_N, seed, class_cap=0):
 
 
 def main():
-    config, _ = flags.resolve(PRESETS)
+    config = flags.resolve(PRESETS)
     devices.start(config)
     check(config)
     source, test_source = data.open_splits(config, need=("label",),

@@ -137,7 +137,7 @@ def define_flags():
     f.number("clip_norm", 1.0, "(0, inf)", "gradients are scaled down to this global norm")
     f.number("warmup", 0.05, "[0, 1)", "fraction of the steps (paper: 0.01)")
 
-    flags.define_shared("jest", toy=TOY, toy_noise=TOY_NOISE, eval_every=100)
+    flags.define_shared("jest", toy=TOY, toy_noise=TOY_NOISE)
 
 
 # ------------------------------------------------------------------------------------- models
@@ -948,7 +948,7 @@ def embed_pool(path, params, model, forward, pool, batch_size, stop=lambda: Fals
 
 
 def main():
-    config, _ = flags.resolve(PRESETS)
+    config = flags.resolve(PRESETS)
     devices.start(config)
     check(config)
     noise = flags.planted(config, "caption_noise", TOY_NOISE["caption_noise"])
@@ -984,7 +984,7 @@ def main():
     if published:  # their training was paid for by others: nothing of it is in our bill
         given = dict.fromkeys(config.seeds, (reference_params, train.Totals()))
     elif config.reference != "curated":
-        given = {seed: reference.load(flags.for_seed(config.reference, seed), template, about)
+        given = {seed: reference.load(config.reference.replace("{seed}", str(seed)), template, about)
                  for seed in config.seeds}
 
     run = train.Run(config, {"split": source.fingerprint, "eval_split": test_source.fingerprint})

@@ -277,7 +277,8 @@ class Pool:
             fields = [self.field]
             if self.field == "tokens" and "caption_hash" in out:
                 fields.append("caption_hash")
-            for field in fields:  # of a caption, the hash decides whether it is another one
+            # the hash comes last and decides: captions that differ can have equal tokens, once cut
+            for field in fields:
                 differs = given[field] != out[field][moved]
                 noisy[moved] = differs.reshape(len(moved), -1).any(1)
                 out[field] = out[field].copy()

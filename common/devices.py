@@ -6,6 +6,7 @@ State is never replicated by hand: it goes in and comes out without a device axi
 
 import os
 import time
+import types
 
 from absl import logging
 import einops
@@ -50,12 +51,12 @@ def start(config, timeout=300):
                          "one host without them") from None
 
 
-class Compiling:
-    """How long this process has compiled programs for, which is no training time."""
-    seconds = 0.0
+compiling = types.SimpleNamespace(seconds=0.0)  # how long this process has compiled programs for
 
 
-compiling = Compiling()
+def clock():
+    """Seconds, to measure with. It stands still while this process compiles."""
+    return time.perf_counter() - compiling.seconds
 
 
 class pmap:
@@ -138,7 +139,6 @@ def take(x_N, index_S):
     return jax.lax.psum_scatter(x_S, AXIS, tiled=True)
 
 
-def places(batch_N):
+def places(x_N):
     """Where this device's rows stand in the whole batch: int [N]."""
-    n = len(batch_N["image"])
-    return jax.lax.axis_index(AXIS) * n + jnp.arange(n)
+    return jax.lax.axis_index(AXIS) * len(x_N) + jnp.arange(len(x_N))

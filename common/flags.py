@@ -80,7 +80,7 @@ class Group:
         flags.DEFINE_bool(name, default, help)
 
 
-def define_shared(script, *, toy, toy_noise, eval_every):
+def define_shared(script, *, toy, toy_noise):
     """The flags that all scripts have.
 
     toy: the defaults of the generated world, {'image_size', 'examples', 'tail', 'radius',
@@ -113,7 +113,7 @@ def define_shared(script, *, toy, toy_noise, eval_every):
     f.text("preset", "", "a named setting; flags that are given override it; 'list' prints all")
     f.text("workdir", f"runs/{script}", "everything is written here; the same command goes "
            "on there")
-    f.integer("eval_every", eval_every, "[1, inf)", "steps between evaluations and checkpoints")
+    f.integer("eval_every", 100, "[1, inf)", "steps between evaluations and checkpoints")
     f.text("coordinator", None, "several hosts: address:port of process 0")
     f.integer("num_processes", None, "[1, inf)", "several hosts: how many")
     f.integer("process_id", None, "[0, inf)", "several hosts: which one this is")
@@ -133,8 +133,7 @@ class Namespace(dict):
 
 
 def resolve(presets):
-    """(flags as a Namespace, the names of those that were given): what was given, else the preset's
-    value, else the default.
+    """The flags as a Namespace: what was given, else the preset's value, else the default.
 
     presets: name -> {flag: value}. `--preset=list` prints them and ends the program.
     Raises: ValueError naming the flag.
@@ -161,7 +160,7 @@ def resolve(presets):
     for name, value in config.items():  # the shell leaves --workdir=~/x as it is
         if isinstance(value, str) and value.startswith("~"):
             config[name] = os.path.expanduser(value)
-    return config, explicit
+    return config
 
 
 def as_typed(preset):
@@ -212,11 +211,6 @@ def planted(config, flag, toy):
     """The noise to plant: the flag's value, or, if that is -1, `toy` in toy and none elsewhere."""
     require(config, config[flag] == -1 or config[flag] >= 0, flag, "a fraction from 0 to 1, or -1")
     return config[flag] if config[flag] >= 0 else toy * (config.dataset == "toy")
-
-
-def for_seed(path, seed):
-    """The path with '{seed}' filled in, and no other braces."""
-    return path.replace("{seed}", str(seed))
 
 
 # -------------------------------------------------------------------- the program's two ends

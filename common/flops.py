@@ -1,4 +1,4 @@
-"""Which FLOPs are charged to a method, from "others paid for the models" to "we pay for all"."""
+"""Which FLOPs each of the paper's levels of amortisation charges, from the learner's alone to all."""
 
 # Each level names the roles that are charged at it. Each one adds to the level before.
 LEVELS = {"fully_amortised": ("learner",)}

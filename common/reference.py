@@ -1,17 +1,15 @@
-"""A frozen model: its weights from a checkpoint, or published ones, and what it says of a pool,
-computed once."""
+"""Frozen models: loading their weights, our own or published, and computing once what they give for
+each example of a pool."""
 
 import dataclasses
 import hashlib
 import json
 import os
-import time
 import typing
 
 from absl import logging
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tqdm
 
 from common import data, devices, files, flags, prepared, siglip, train
@@ -28,17 +26,11 @@ def load(directory, template, about, flag="reference"):
     if not os.path.isdir(directory):
         raise ValueError(f"{where}: no such checkpoint directory")
     checkpoints = train.Checkpoints(directory)
-    step = checkpoints.latest()
-    if step is None:
+    if checkpoints.latest() is None:
         raise ValueError(f"{where}: holds no checkpoint")
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            state = checkpointer.restore(f"{checkpoints.directory}/{step}/state")
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            record = checkpointer.restore(f"{checkpoints.directory}/{step}/record")
+        state, record = checkpoints.read()
         params, totals = state["learner"]["params"], train.Totals(**record["totals"])
-        if train.digest(state) != record["sha256"]:
-            raise TypeError("its hash differs")
     except Exception as e:
         why = str(e) if type(e) is TypeError else type(e).__name__
         raise ValueError(f"{where}: damaged ({why}): train it again or name another") from None
@@ -148,9 +140,9 @@ def forward_batches(params, forward, pool, batch_size):
     """
     for batch in data.sweep(pool, batch_size, devices.host()):
         batch = devices.shard({k: v for k, v in batch.items() if k not in ("id", *data.TRUTHS)})
-        begin = time.perf_counter() - devices.compiling.seconds
+        begin = devices.clock()
         got = jax.device_get(forward(params, batch))
-        seconds = time.perf_counter() - devices.compiling.seconds - begin
+        seconds = devices.clock() - begin
         valid = got.pop("valid")
         yield jax.tree.map(lambda x: x[valid], got), seconds
 
@@ -162,7 +154,7 @@ def forward_all(params, forward, pool, batch_size):
 
 
 def made_by(params, pool, **more):
-    """What an array of a pool's examples depends on: the weights, the data, the ids."""
+    """What the outputs for a pool were computed from: the weights, the data, the ids."""
     return {"weights": train.digest(params), "data": pool.identity(),
             "ids": hashlib.sha256(pool.ids.tobytes()).hexdigest(), **more}
 

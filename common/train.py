@@ -21,7 +21,6 @@ import platform
 import signal
 import subprocess
 import sys
-import time
 
 from absl import logging
 import jax
@@ -71,7 +70,7 @@ class Run:
         try:
             with open(self.path("config.json")) as f:
                 old = json.load(f)
-            theirs, script, data = old["flags"], old["script"], old.get("data", self.data)
+            theirs, script, data = old["flags"], old["script"], old["data"]
             mine = json.loads(json.dumps(files.plain(self.config)))
             differ = [f"--{k} (was {theirs.get(k)}, now {mine.get(k)})" for k in {**theirs, **mine}
                       if k not in FREE and theirs.get(k) != mine.get(k)]
@@ -152,7 +151,8 @@ class Stop:
         self.came = True
 
     def __bool__(self):
-        """On several hosts: whether it came to any; then every host must ask at the same step."""
+        """With several hosts: whether a signal came to any of them. All must ask at the same
+        step."""
         if jax.process_count() == 1:
             return self.came
         from jax.experimental import multihost_utils
@@ -164,9 +164,9 @@ class Stop:
 
 @dataclasses.dataclass
 class Totals:
-    """What has been spent. `seconds` are those of training, without evaluation. `setup_seconds`
-    went before: a reference's training and scoring. `examples_scored` are those drawn from the
-    pool: a uniform arm scores none, and counts what it trains on. flops: {role: operations}."""
+    """What has been spent. `seconds` are of training alone, without evaluation. `setup_seconds` were
+    spent before: on the reference's training and scoring. `examples_scored` are all that were drawn
+    from the pool; a uniform arm trains on them and scores none. flops: {role: operations}."""
     step: int = 0
     examples_trained: int = 0
     examples_scored: int = 0
@@ -194,7 +194,7 @@ class Stage:
     def __init__(self, run, name, seed, steps, *, spent=None, about=(), counts=None):
         self.name, self.seed, self.steps, self.about = name, seed, steps, dict(about)
         self.totals, self.step, self.counts = spent or Totals(), 0, counts
-        self._run, self._sums, self._n = run, {}, 0  # sums and number of the steps since a row
+        self._run, self._sums, self._n = run, {}, 0  # metrics since the last row, summed over _n steps
         self._late, self._since = collections.deque(), None
         self._bar = None
         self._saved = Checkpoints(run.path(f"checkpoints/{name}-{seed}"))
@@ -222,7 +222,7 @@ class Stage:
             if self.step:
                 logging.info("%s seed %d: going on from its checkpoint of step %d", self.name,
                              self.seed, self.step)
-        return devices.to_host(state)  # so that no two leaves share a buffer, which is donated
+        return devices.to_host(state)  # copies: a donated state must not hold a buffer twice
 
     def _with_counts(self, state):
         return {**state, "counts": self.counts.arrays} if self.counts else state
@@ -237,7 +237,7 @@ class Stage:
             leave=False, mininterval=0.5, disable=None if jax.process_index() == 0 else True)
         for index, batch in enumerate(load(self.step), self.step):
             if self._since is None:
-                self._since = time.perf_counter() - devices.compiling.seconds
+                self._since = devices.clock()
             yield np.int32(index), batch
         self._saved.close()
         self._bar.close()
@@ -293,16 +293,15 @@ class Stage:
         while self._late:
             self._read()
         if self._since is not None:
-            seconds = time.perf_counter() - devices.compiling.seconds - self._since
-            self.totals, self._since = self.totals.plus(seconds=seconds), None
+            self.totals = self.totals.plus(seconds=devices.clock() - self._since)
+            self._since = None
 
     def _read(self):
         step, metrics = self._late.popleft()
         metrics = jax.device_get(metrics)
-        pick_S = metrics.pop("pick", None)
         if self.counts:
-            self.counts.add(step, pick_S)
-        metrics = {k: float(v) for k, v in metrics.items()}
+            self.counts.add(step, metrics["pick"])
+        metrics = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0}
         if not np.isfinite(metrics["loss"]):
             self._saved.close()
             self._bar.close()
@@ -365,18 +364,25 @@ class Checkpoints:
         """
         template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
         try:
-            got = self._open().restore(self.latest(), args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore()))
-            shapes = [[x.shape for x in jax.tree.leaves(tree)] for tree in (got.state, template)]
-            if shapes[0] != shapes[1]:  # orbax does not look
-                raise TypeError("other shapes")
-            if digest(got.state) != got.record["sha256"]:
-                raise TypeError("its hash differs")
+            return self.read(template)
         except Exception as e:  # orbax raises whatever its layers raise, with pages of text
             why = str(e) if type(e) is TypeError and len(str(e)) < 40 else type(e).__name__
             raise ValueError(f"checkpoint {self.directory}/{self.latest()} is damaged or of "
                              f"another model ({why}): delete {self.directory} to train it again"
                              ) from None
+
+    def read(self, *template):
+        """`restore` without its error; without a template the containers become dicts and lists.
+
+        Raises: TypeError if the shapes or the hash differ, and whatever orbax's layers raise.
+        """
+        got = self._open().restore(self.latest(), args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(*template), record=ocp.args.JsonRestore()))
+        shapes = [[x.shape for x in jax.tree.leaves(tree)] for tree in (got.state, *template)]
+        if shapes[0] != shapes[-1]:  # orbax does not look
+            raise TypeError("other shapes")
+        if digest(got.state) != got.record["sha256"]:
+            raise TypeError("its hash differs")
         return got.state, got.record
 
     def close(self):

@@ -24,8 +24,8 @@ from processes import (ROOT, Command, assert_close, assert_refused, gut, has_row
 MODEL = ("--learner=16/1/32/2", "--proxy=8/1/16/1", "--patch=16")
 TOY = ("--toy_examples=600", "--eval_split=train", "--image_size=32", "--toy_radius=0.25",
        "--toy_tail=1")
-METHOD = ("--arms=uniform,learnability", "--ratio=2", "--score_gain=1", "--reference=in_domain", "--reference_steps=0",
-          "--reference_noise=-1", "--learning_rate=1e-3")
+METHOD = ("--arms=uniform,learnability", "--ratio=2", "--score_gain=1", "--reference=in_domain",
+          "--reference_steps=0", "--learning_rate=1e-3")
 TINY = (*TOY, "--steps=9", "--batch_size=8", "--eval_every=3", "--staleness=2",
         *METHOD, *MODEL)  # staleness: so that old weights too must come back after a kill
 TWIN = vit.ViT("16/1/32/2", 32, 16, 30)  # the learner, as the reference of one run

@@ -25,7 +25,8 @@ model = lambda x, y, bias: {"image": x, "text": y, "log_t": np.float32(1.5), "b"
 key = jax.random.key(0)
 """
 COPIES = {  # what is copied -> a use of it, whose value does not depend on where it stands
-    ("rho_learnability", "score", "select"): "select(key, score('learnability', a[:, 0], b[:, 0]), 5)",
+    ("rho_learnability", "score", "select"):
+        "select(key, score('learnability', {'proxy': a[:, 0], 'reference': b[:, 0]}), 5)",
     ("rho_learnability", "scoring_loss"): "scoring_loss((a, b), {})",
     ("jest", "jointly_sample"): "jointly_sample(key, model(a, b, -3), model(c, d, -2), 8, 4)",
     ("jest", "jointly_sample_dense"): "jointly_sample_dense(key, a @ b.T, 8, 4)",

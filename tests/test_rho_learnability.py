@@ -53,7 +53,7 @@ def pair(loss):
 
 
 # not Adam: it would hide a gradient that is too large, and make a step of one that is zero
-OPTIMISERS = {role: optax.sgd(0.3, momentum=0.5) for role in ("learner", "actor", "reference")}
+OPTIMISERS = {role: optax.sgd(0.3, momentum=0.5) for role in ("learner", "proxy", "reference")}
 
 
 def program(arm, loss="cross_entropy", n=1, **knobs):
@@ -132,14 +132,14 @@ def start(arm, loss="cross_entropy", **how):
     """A state with random weights in numpy, the reference's those of `reference_params`."""
     state = abstract_state(arm, loss, reference_params(loss), **how)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
-    for seed, role in enumerate(("learner", "actor")):
+    for seed, role in enumerate(("learner", "proxy")):
         if role in state:
             state[role]["params"] = random_weights(state[role]["params"], seed)
     if "reference" in state:
         state["reference"]["params"] = reference_params(loss)
     if "stale" in state:
         state["stale"] = jax.tree.map(lambda x: np.stack([x] * how["staleness"]),
-                                      state["actor"]["params"])
+                                      state["proxy"]["params"])
     return state
 
 
@@ -251,9 +251,10 @@ def test_sharded_training_loss_and_gradient_are_those_of_the_whole_batch(on_devi
 @pytest.mark.parametrize("kind", ["hard_learner", "easy_reference", "learnability"])
 def test_score_is_the_equation(kind):
     online, reference = np.random.default_rng(2).normal(size=(2, 7)).astype(np.float32)
-    np.testing.assert_allclose(rho.score(kind, online, reference),
+    np.testing.assert_allclose(rho.score(kind, {"proxy": online, "reference": reference}),
                                slow_rho.score(kind, online, reference), atol=1e-6)
-    np.testing.assert_array_equal(rho.score("rho_loss", online, reference), online - reference)
+    np.testing.assert_array_equal(
+        rho.score("rho_loss", {"learner": online, "reference": reference}), online - reference)
 
 
 # ------------------------------------------------------------------------------------- select
@@ -366,7 +367,7 @@ def test_take_gives_each_device_its_part_of_the_picked_rows(on_devices, n):
 
 def augmented(on_devices, n, images, kind):
     def fn(image_N):
-        index_N = devices.places({"image": image_N})
+        index_N = devices.places(image_N)
         return rho.gather(rho.augment(jax.random.key(4), index_N, image_N, kind))
     return on_devices(n, fn, sharded(images, n), in_axes=(0,))
 
@@ -448,7 +449,7 @@ def test_three_steps_on_eight_devices_are_three_steps_on_one(arm, loss, knobs):
     finals, picks = [], []
     for n in (1, 8):
         computed = arm != "uniform" and loss == "cross_entropy"
-        state = start(arm, loss, reference="computed" if computed else None)
+        state = start(arm, loss, reference_scores="computed" if computed else None)
         for index in range(3):
             batch = super_batch(loss, index, B if arm != "uniform" else S)
             if arm != "uniform" and not computed:  # cached
@@ -466,7 +467,7 @@ def test_at_ratio_one_learnability_is_the_uniform_run():
     learners = []
     for arm, reference, knobs in (("uniform", None, {}),
                                   ("learnability", "computed", {"score_view": "train"})):
-        state = start(arm, reference=reference)
+        state = start(arm, reference_scores=reference)
         for index in range(3):
             state, metrics = step(program(arm, n=8, augment="shift_flip", **knobs), state, index,
                                   super_batch("cross_entropy", index, S), 8)
@@ -477,27 +478,27 @@ def test_at_ratio_one_learnability_is_the_uniform_run():
 
 def test_the_roles_in_the_state_are_those_that_the_arm_needs():
     roles_of = functools.partial(abstract_state, params={})
-    reference = {"reference": "computed"}
+    reference = {"reference_scores": "computed"}
     for arm, how, roles in (
-            ("uniform", {}, {"learner"}), ("hard_learner", {}, {"learner", "actor"}),
+            ("uniform", {}, {"learner"}), ("hard_learner", {}, {"learner", "proxy"}),
             ("easy_reference", reference, {"learner", "reference"}),
             ("rho_loss", reference, {"learner", "reference"}),
-            ("learnability", reference, {"learner", "actor", "reference"}),
-            ("learnability", {"reference": "cached"}, {"learner", "actor"}),
+            ("learnability", reference, {"learner", "proxy", "reference"}),
+            ("learnability", {"reference_scores": "cached"}, {"learner", "proxy"}),
             ("learnability", {"staleness": 2, **reference},
-             {"learner", "actor", "reference", "stale"})):
+             {"learner", "proxy", "reference", "stale"})):
         assert set(roles_of(arm, **how)) == roles, (arm, how)
     assert set(roles_of("learnability", **reference)["reference"]) == {"params"}  # frozen
-    assert set(roles_of("learnability", reference="online")["reference"]) == {"params", "opt"}
+    assert set(roles_of("learnability", reference_scores="online")["reference"]) == {"params", "opt"}
 
 
 def test_every_arm_starts_from_the_same_learner_and_no_role_from_another_s_weights():
     m = model("8/1/16/2", "cross_entropy")
     states = jax.jit(lambda: {arm: rho.initial_state(
-        arm, jax.random.key(0), m, m, OPTIMISERS, reference="online")
+        arm, jax.random.key(0), m, m, OPTIMISERS, reference_scores="online")
         for arm in ("uniform", "learnability")})()
     assert_trees_equal(states["learnability"]["learner"], states["uniform"]["learner"])
-    roles = [states["learnability"][r]["params"] for r in ("learner", "actor", "reference")]
+    roles = [states["learnability"][r]["params"] for r in ("learner", "proxy", "reference")]
     for i in range(3):
         assert trees_differ(roles[i], roles[i - 1])
 
@@ -505,9 +506,9 @@ def test_every_arm_starts_from_the_same_learner_and_no_role_from_another_s_weigh
 def test_a_proxy_may_start_from_the_reference_and_so_do_the_weights_kept_of_it():
     m, params = model("8/1/16/2", "cross_entropy"), reference_params("cross_entropy")
     state = jax.jit(lambda: rho.initial_state(
-        "learnability", jax.random.key(0), m, m, OPTIMISERS, reference="computed",
-        params=params, actor_init="reference", staleness=2))()
-    assert_trees_equal(state["actor"]["params"], params)
+        "learnability", jax.random.key(0), m, m, OPTIMISERS, reference_scores="computed",
+        params=params, proxy_init="reference", staleness=2))()
+    assert_trees_equal(state["proxy"]["params"], params)
     for slot in range(2):
         assert_trees_equal(jax.tree.map(lambda x: x[slot], state["stale"]), params)
 
@@ -515,7 +516,7 @@ def test_a_proxy_may_start_from_the_reference_and_so_do_the_weights_kept_of_it()
 def test_a_frozen_reference_never_changes_and_scores_as_its_cached_losses_do():
     runs = []
     for reference in ("computed", "cached"):
-        state, seen = start("learnability", reference=reference), []
+        state, seen = start("learnability", reference_scores=reference), []
         for index in range(3):
             batch = super_batch("cross_entropy", index)
             if reference == "cached":
@@ -548,7 +549,7 @@ def test_both_models_train_on_the_picked_examples_and_on_nothing_else(loss):
             changed[field][row] = (changed[field][row] + 1) % C
         state, metrics = step(program("learnability", loss), before, 0, changed)
         np.testing.assert_array_equal(np.flatnonzero(picked(metrics)), wanted)
-        return {role: state[role]["params"] for role in ("learner", "actor")}
+        return {role: state[role]["params"] for role in ("learner", "proxy")}
 
     plain = trained()
     for field in ("image", "label" if loss == "cross_entropy" else "tokens"):
@@ -557,11 +558,11 @@ def test_both_models_train_on_the_picked_examples_and_on_nothing_else(loss):
         for row in wanted[[0, -1]]:
             after = trained(row, field)
             assert trees_differ(after["learner"], plain["learner"])
-            assert trees_differ(after["actor"], plain["actor"])
+            assert trees_differ(after["proxy"], plain["proxy"])
 
     # and it is one step of gradient descent on the mean loss of those rows, for both
     small = {k: v[wanted] for k, v in batch.items() if k in ("image", "label", "tokens")}
-    for role, m, smoothing in zip(("learner", "actor"), pair(loss), (0.1, 0.0)):
+    for role, m, smoothing in zip(("learner", "proxy"), pair(loss), (0.1, 0.0)):
         params = before[role]["params"]
         assert_trees_close(plain[role], jax.tree.map(
             lambda p, g: p - 0.3 * g, params, dense_grad(params, small, m, smoothing)),
@@ -569,9 +570,9 @@ def test_both_models_train_on_the_picked_examples_and_on_nothing_else(loss):
 
 
 def test_a_proxy_that_is_the_reference_selects_uniformly():
-    state, counts, steps = start("learnability", reference="computed"), np.zeros(B), 150
+    state, counts, steps = start("learnability", reference_scores="computed"), np.zeros(B), 150
     for index in range(steps):
-        state["actor"]["params"] = state["reference"]["params"]
+        state["proxy"]["params"] = state["reference"]["params"]
         state, metrics = step(program("learnability"), state, index,
                               super_batch("cross_entropy", index))
         for k in ("score_pool", "score_pool_sd", "score_picked"):
@@ -586,7 +587,7 @@ def test_scores_come_from_the_proxy_of_so_many_steps_ago(staleness):
     knobs = {"staleness": staleness} if staleness else {}  # 0 is the default
     state, history = start(arm, **knobs), []
     for index in range(6):
-        history.append(state["actor"]["params"])
+        history.append(state["proxy"]["params"])
         batch = super_batch("cross_entropy", index)
         state, metrics = step(program(arm, **knobs), state, index, batch)
         scores = np.asarray([losses_of(p, batch, proxy) for p in history])
@@ -601,11 +602,11 @@ def test_scores_come_from_the_proxy_of_so_many_steps_ago(staleness):
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_an_online_reference_scores_first_and_then_trains_on_the_whole_super_batch(smoothing):
     proxy, batch = pair("cross_entropy")[1], super_batch("cross_entropy")
-    before = start("learnability", reference="online")
+    before = start("learnability", reference_scores="online")
     before["reference"]["params"] = reference_params("cross_entropy")
     state, metrics = step(program("learnability", proxy_label_smoothing=smoothing), before, 0, batch)
     online, reference = (np.asarray(losses_of(before[r]["params"], batch, proxy))
-                         for r in ("actor", "reference"))
+                         for r in ("proxy", "reference"))
     np.testing.assert_allclose(metrics["score_pool"], (online - reference).mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["score_pool_sd"], (online - reference).std(), rtol=1e-4)
     grads = dense_grad(before["reference"]["params"], batch, proxy, smoothing)
@@ -616,16 +617,16 @@ def test_an_online_reference_scores_first_and_then_trains_on_the_whole_super_bat
 
 
 def test_each_role_learns_by_its_own_optimiser(monkeypatch):
-    rates = {"learner": 0.0, "actor": 0.1, "reference": 0.2}
+    rates = {"learner": 0.0, "proxy": 0.1, "reference": 0.2}
     monkeypatch.setitem(globals(), "OPTIMISERS", {r: optax.sgd(x) for r, x in rates.items()})
     proxy, batch = pair("cross_entropy")[1], super_batch("cross_entropy")
-    before = start("learnability", reference="online")
+    before = start("learnability", reference_scores="online")
     mapped = cached_program.__wrapped__("learnability", "cross_entropy", 1)  # with these optimisers
     after, metrics = step(mapped, before, 0, batch)
     assert_trees_equal(after["learner"]["params"], before["learner"]["params"])
     picks = picked(metrics).astype(bool)
     small = {k: v[picks] for k, v in batch.items() if k in ("image", "label")}
-    for role, seen in (("actor", small), ("reference", batch)):
+    for role, seen in (("proxy", small), ("reference", batch)):
         params = before[role]["params"]
         assert_trees_close(after[role]["params"], jax.tree.map(
             lambda p, g: p - rates[role] * g, params, dense_grad(params, seen, proxy, 0.0)),
@@ -649,7 +650,7 @@ def test_an_arm_is_made_of_the_flags_that_are_meant_for_it(monkeypatch):
             ("rho_loss", 9, 0.8, "L", {}),
             ("reference", 5, 0.4, "p", {"arm": "uniform", "label_smoothing": 0.5})):
         made = rho.make_arm(arm, config, "L", "p")
-        rules = {"learner": (peak, steps, rest), "actor": (0.3, steps, rest),
+        rules = {"learner": (peak, steps, rest), "proxy": (0.3, steps, rest),
                  "reference": (0.4, steps, rest)}
         assert made.steps == steps and made.optimisers == rules
         assert made.step.keywords == dict(
@@ -661,7 +662,7 @@ def test_an_arm_is_made_of_the_flags_that_are_meant_for_it(monkeypatch):
 def test_the_scores_of_an_arm_are_its_equation_and_only_rho_asks_the_learner(arm):
     learner, proxy = pair("cross_entropy")
     batch = super_batch("cross_entropy")
-    before = start(arm, reference=None if arm == "hard_learner" else "computed")
+    before = start(arm, reference_scores=None if arm == "hard_learner" else "computed")
     reference = losses_of(reference_params("cross_entropy"), batch, proxy)
     other = {**before, "learner": {**before["learner"],
                                    "params": random_weights(before["learner"]["params"], 9)}}
@@ -669,7 +670,7 @@ def test_the_scores_of_an_arm_are_its_equation_and_only_rho_asks_the_learner(arm
     for state in (before, other):
         _, metrics = step(program(arm), state, 0, batch)
         online = (losses_of(state["learner"]["params"], batch, learner) if arm == "rho_loss" else
-                  losses_of(state["actor"]["params"], batch, proxy) if "actor" in state else None)
+                  losses_of(state["proxy"]["params"], batch, proxy) if "proxy" in state else None)
         zero = np.zeros(B)
         scores = slow_rho.score("learnability" if arm == "rho_loss" else arm,
                                 zero if online is None else online, reference)
@@ -684,7 +685,7 @@ def test_the_scores_of_an_arm_are_its_equation_and_only_rho_asks_the_learner(arm
 
 
 def test_metrics_of_planted_truths_are_counts_over_the_pool_and_the_picks():
-    state = start("learnability", reference="computed")
+    state = start("learnability", reference_scores="computed")
     for seed in range(3):
         batch = super_batch("cross_entropy", seed)
         _, metrics = step(program("learnability"), state, 0, batch)
@@ -695,12 +696,12 @@ def test_metrics_of_planted_truths_are_counts_over_the_pool_and_the_picks():
 
 
 def test_a_step_obeys_its_gain_and_its_sampling():
-    state, proxy = start("learnability", reference="computed"), pair("cross_entropy")[1]
+    state, proxy = start("learnability", reference_scores="computed"), pair("cross_entropy")[1]
     repeats = 0
     for seed in range(3):
         batch = super_batch("cross_entropy", seed)
         scores = np.subtract(*(losses_of(state[role]["params"], batch, proxy)
-                               for role in ("actor", "reference")))
+                               for role in ("proxy", "reference")))
         _, metrics = step(program("learnability", score_gain=1e5), state, 0, batch)
         assert set(np.flatnonzero(picked(metrics))) == slow_rho.top_k(scores, S)
         _, metrics = step(program("learnability", sampling="replacement"), state, 0, batch)
@@ -732,13 +733,13 @@ def test_the_draw_and_the_views_have_a_key_each(monkeypatch):
     monkeypatch.setattr(rho, "augment", lambda key, index_N, image_NHWC, kind: (
         note("view", key), image_NHWC)[1])
     mapped = cached_program.__wrapped__("learnability", "cross_entropy", 1)  # traced anew
-    step(mapped, start("learnability", reference="computed"), 0, super_batch("cross_entropy"))
+    step(mapped, start("learnability", reference_scores="computed"), 0, super_batch("cross_entropy"))
     jax.effects_barrier()
     assert (seen["draw"] != seen["view"]).any()
 
 
 def test_every_step_and_every_seed_draws_anew_and_a_step_repeats_itself():
-    batch, state = super_batch("cross_entropy"), start("learnability", reference="computed")
+    batch, state = super_batch("cross_entropy"), start("learnability", reference_scores="computed")
     draw = lambda index, seed: tuple(picked(
         step(program("learnability"), state, index, batch, seed=seed)[1]))
     assert draw(0, 0) == draw(0, 0)
@@ -757,7 +758,7 @@ b = 256
 
 
 def bill(learner, proxy, arm="learnability", reference="computed", ratio=2.0):
-    return rho.step_flops(arm, b, ratio, F[learner], F[proxy], reference)
+    return rho.step_flops(arm, b, round(ratio * b), F[learner], F[proxy], reference)
 
 
 @pytest.mark.parametrize("name", ["Ti", "S", "B", "L"])
@@ -907,7 +908,7 @@ def test_the_bill_of_a_step_is_that_of_its_program(arm, reference):
     learner, proxy = (rho.Model("cross_entropy", vit.ViT(size, 16, 4, 10))
                       for size in ("96/3/200/2", "48/2/96/2"))
     state = jax.eval_shape(lambda: rho.initial_state(
-        arm, jax.random.key(0), learner, proxy, OPTIMISERS, reference=reference,
+        arm, jax.random.key(0), learner, proxy, OPTIMISERS, reference_scores=reference,
         params=rho.init(jax.random.key(1), proxy)))
     n = S if arm == "uniform" else B
     batch = {"image": abstract((1, n, 16, 16, 3), jnp.uint8), "label": abstract((1, n), jnp.int32)}
@@ -919,7 +920,7 @@ def test_the_bill_of_a_step_is_that_of_its_program(arm, reference):
         axis_name=devices.AXIS, in_axes=(None, None, None, 0), out_axes=None,
         devices=jax.devices()[:1])
     counted = dot_flops(jax.make_jaxpr(mapped)(state, np.int32(0), jax.random.key(0), batch).jaxpr)
-    billed = rho.step_flops(arm, S, B / S, rho.forward_flops(learner), rho.forward_flops(proxy),
+    billed = rho.step_flops(arm, S, B, rho.forward_flops(learner), rho.forward_flops(proxy),
                             reference)
     billed.pop("selection")  # no matrix products
     assert 0.96 < counted / sum(billed.values()) <= 1
@@ -1017,13 +1018,13 @@ def test_no_random_key_is_used_twice():
                 jax.random.key(0), SCORES, 3, 1.0, sampling)
         learner, proxy = pair("sigmoid")
         jax.jit(lambda key: rho.initial_state(
-            "learnability", key, learner, proxy, OPTIMISERS, reference="online"))(jax.random.key(0))
+            "learnability", key, learner, proxy, OPTIMISERS, reference_scores="online"))(jax.random.key(0))
         learner, proxy = pair("cross_entropy")
         method = rho.Method("learnability", S, augment="shift_flip")
         fn = functools.partial(rho.train_step, method=method, learner=learner, proxy=proxy,
                                optimisers=OPTIMISERS)
         mapped = jax.pmap(fn, axis_name=devices.AXIS, in_axes=(None, None, None, 0), out_axes=None,
                           devices=jax.devices()[:1])
-        _, metrics = step(mapped, start("learnability", reference="computed"), 0,
+        _, metrics = step(mapped, start("learnability", reference_scores="computed"), 0,
                           super_batch("cross_entropy"))
         assert picked(metrics).sum() == S

@@ -44,7 +44,7 @@ def first_uniform(key, gain, learner, reference, n_select, n_chunks):
 
 
 def main():
-    config, _ = flags.resolve(jest.PRESETS)
+    config = flags.resolve(jest.PRESETS)
     b = config.sub_batch
     noise = flags.planted(config, "caption_noise", jest.TOY_NOISE["caption_noise"])
     encode, vocab = data.tokenizer(config.tokenizer)

@@ -21,7 +21,7 @@ import rho_learnability as rho
 
 
 def main():
-    config, _ = flags.resolve(rho.PRESETS)
+    config = flags.resolve(rho.PRESETS)
     text = config.task == "image_text"
     encode, vocab = data.tokenizer(config.tokenizer)
     source, _ = data.open_splits(config, encode, context=config.context * text,
@@ -45,8 +45,8 @@ def main():
             ("rho_loss, cached", "rho_loss", "cached", False)):
         made = rho.make_arm(arm, flags.Namespace(config, steps=10**6), learner, proxy)
         step = made.step
-        state = rho.initial_state(arm, key, learner, proxy, made.optimisers, reference=reference,
-                                  params=rho.init(key, proxy))
+        state = rho.initial_state(arm, key, learner, proxy, made.optimisers,
+                                  reference_scores=reference, params=rho.init(key, proxy))
         n = b if arm == "uniform" else B
 
         def load(n=n, reference=reference):
@@ -58,7 +58,7 @@ def main():
         batches = load()
         if resident:
             batches = itertools.repeat(next(batches))
-        bill = rho.step_flops(arm, b, config.ratio, rho.forward_flops(learner),
+        bill = rho.step_flops(arm, b, n, rho.forward_flops(learner),
                               rho.forward_flops(proxy), reference)
         cases[name] = dict(step=step, state=state, batches=batches, bill=sum(bill.values()), t=[])
     for turn, (name, case) in itertools.product(range(config.steps // 10), cases.items()):
