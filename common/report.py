@@ -189,7 +189,7 @@ def distinct(values):
 def table(summary):
     """The arms in rows: the metric at the end, and what was spent."""
     setup = any(a["setup_seconds"] for a in summary["arms"].values())
-    lines = [["arm", summary["metric"], "examples trained", "scored", "TFLOP in all", "seconds",
+    lines = [["arm", summary["metric"], "examples trained", "drawn", "TFLOP in all", "seconds",
               *["setup"] * setup]]
     for arm, a in summary["arms"].items():
         end = a["final"][summary["metric"]]
@@ -224,7 +224,7 @@ def sentences(summary):
     for arm, a in summary["arms"].items():
         picks = [f"{100 * a['picked'][f'picked_{kind}']:.0f} % {kind} (pool "
                  f"{100 * a['picked'][f'pool_{kind}']:.0f} %)" for kind in kinds(a["picked"])]
-        if picks:
+        if picks and a["examples_scored"] > a["examples_trained"]:  # the arm selects
             says.append(f"{arm} picked {', '.join(picks)}")
         auc = a["final"].get("noise_auc", {}).get("mean")
         if auc is not None:
