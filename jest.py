@@ -22,7 +22,7 @@ A all rows of a batch on all devices, E embedding, P patch side, D width, H W im
 sub-batch so far; as a dimension, tokens.
 
 A minute on two CPU cores:  python jest.py
-The measurements:           python jest.py --preset=emoji; full commands in docs/results.md
+The measurements:           python jest.py --preset=toy_100k; all commands are in docs/results.md
 The paper's model:          python jest.py --preset=siglip_B  (a trial, on generated images)
 
 Where we differ from the paper, or its pseudo-code from its text: docs/differences.md.
@@ -57,13 +57,6 @@ PRESETS = {
         reference_model="32/1/128/2", curated_fraction=0.01, filter_ratio=0.9, steps=5000,
         active_steps=1000, reference_steps=600, eval_every=50, learning_rate=2.5e-4,
         active_learning_rate=2e-3),
-    # pairs that nobody else has, by a larger model
-    "emoji": dict(
-        arms=["uniform", "independent", "jest", "flexi_jest"], dataset="emoji", caption_noise=0.8,
-        image_size=32, tokenizer="bytes", context=32, pool="map", model="64/2/256/4",
-        n_chunks=16, curated_fraction=0.2, steps=1200, active_steps=300, reference_steps=800,
-        batch_size=128, eval_every=30, learning_rate=5e-4, active_learning_rate=1e-3,
-        reference_learning_rate=1e-3),
     # The paper's models and optimiser (A.1) on generated images. Its run also has
     # --batch_size=32768 --steps=91553 (3e9 pairs), a 32k sentencepiece --tokenizer (bytes cut
     # captions short) and a --reference_dataset of about 1e8 curated pairs.
@@ -121,10 +114,10 @@ def define_flags():
 
     f = flags.Group("Optimisation")
     f.integer("steps", 500, "[1, inf)", "updates of the learner")
-    f.integer("active_steps", 400, "[0, inf)", "updates in the arms that select, whose schedule "
-              "then ends there; 0: as many as --steps")
-    f.integer("reference_steps", 400, "[0, inf)", "updates of the reference, and of the "
-              "control on its data; 0: as many as --steps")
+    f.integer("active_steps", 400, "[0, inf)", "updates of the arms that select, whose schedule "
+              "ends there; 0: as many as --steps")
+    f.integer("reference_steps", 400, "[0, inf)", "updates of the reference, and of the arm "
+              "curated; 0: as many as --steps")
     f.integer("batch_size", 128, "[1, inf)", "b: pairs per update")
     f.number("learning_rate", 1e-3, "(0, inf)", "peak, of Adam; linear warm-up, cosine to 0")
     f.number("active_learning_rate", 3e-3, "[0, inf)", "peak in the arms that select. Where most "
@@ -156,9 +149,11 @@ def init(key, model):
     every pair for a negative, and nearly all pairs are. In the softmax loss a bias would
     cancel, so it has none."""
     key_image, key_text = jax.random.split(key)
-    bias = {"sigmoid": {"b": jnp.array(-10.0)}, "softmax": {}}[model.loss]
-    return {"image": vit.vit_init(key_image, model.image),
-            "text": vit.text_init(key_text, model.text), "log_t": jnp.log(10.0), **bias}
+    params = {"image": vit.vit_init(key_image, model.image),
+              "text": vit.text_init(key_text, model.text), "log_t": jnp.log(10.0)}
+    if model.loss == "sigmoid":
+        params["b"] = jnp.array(-10.0)
+    return params
 
 
 def embed(params, batch, model):
@@ -211,11 +206,12 @@ def contrastive_loss(embeddings_S, loss, axis=None):
     """
     image_SE, text_SE = embeddings_S["image"], embeddings_S["text"]
     image_AE, text_AE = gather(image_SE, axis), gather(text_SE, axis)
-    offset = jax.lax.axis_index(axis) * len(image_SE) if axis else 0  # where our rows begin
+    begin = jax.lax.axis_index(axis) * len(image_SE) if axis else 0
+    own_S = begin + jnp.arange(len(image_SE))  # where our rows stand among all
     if loss == "sigmoid":
-        return sigmoid_loss(image_SE, text_AE, embeddings_S["log_t"], embeddings_S["b"], offset)
-    return 0.5 * (softmax_loss(image_SE, text_AE, embeddings_S["log_t"], offset)
-                  + softmax_loss(text_SE, image_AE, embeddings_S["log_t"], offset))
+        return sigmoid_loss(image_SE, text_AE, own_S, embeddings_S["log_t"], embeddings_S["b"])
+    return 0.5 * (softmax_loss(image_SE, text_AE, own_S, embeddings_S["log_t"])
+                  + softmax_loss(text_SE, image_AE, own_S, embeddings_S["log_t"]))
 
 
 def gather(x, axis=None):
@@ -223,19 +219,17 @@ def gather(x, axis=None):
     return jax.lax.all_gather(x, axis, tiled=True) if axis else jnp.asarray(x)
 
 
-def softmax_loss(x_SE, y_AE, log_t, offset=0):
-    """Eq 1, one direction: cross-entropy of row i of x against all A rows of y. The right one for
-    row i is row offset + i."""
+def softmax_loss(x_SE, y_AE, own_S, log_t):
+    """Eq 1, one direction: cross-entropy of each row of x against all rows of y, of which row own_S
+    is the right one."""
     logits_SA = jnp.exp(log_t) * jnp.einsum("se,ae->sa", x_SE, y_AE)
-    own_S = offset + jnp.arange(len(x_SE))
     return optax.softmax_cross_entropy_with_integer_labels(logits_SA, own_S).mean()
 
 
-def sigmoid_loss(x_SE, y_AE, log_t, b, offset=0):
-    """Eq 2: mean over rows i of the sum over j of -log sigmoid(label (t x_i.y_j + b)). The label is
-    1 for i's own row of y, which is row offset + i, and -1 for all others."""
+def sigmoid_loss(x_SE, y_AE, own_S, log_t, b):
+    """Eq 2: mean over rows i of x of the sum over rows j of y of -log sigmoid(label (t x_i.y_j +
+    b)), where t = exp(log_t). The label is 1 for row own_S of y and -1 for all others."""
     logits_SA = jnp.exp(log_t) * jnp.einsum("se,ae->sa", x_SE, y_AE) + b
-    own_S = offset + jnp.arange(len(x_SE))
     label_SA = 2 * jax.nn.one_hot(own_S, len(y_AE)) - 1
     return -jax.nn.log_sigmoid(label_SA * logits_SA).sum(1).mean()
 
@@ -862,11 +856,12 @@ def make_arm(arm, config, model, reference_model):
     `train_step` and `diagnose` as a `devices.pmap`. The stage 'reference' counts as an arm here,
     and is a uniform run."""
     name, kind = ("uniform", "learnability") if arm == "reference" else split_arm(arm)
-    steps = (name in SELECTS and config.active_steps) or config.steps
-    peak = (name in SELECTS and config.active_learning_rate) or config.learning_rate
+    steps, peak = config.steps, config.learning_rate
+    if name in SELECTS:
+        steps, peak = config.active_steps or steps, config.active_learning_rate or peak
     if arm in ("reference", "curated"):
-        steps, peak, name = (config.reference_steps or config.steps,
-                             config.reference_learning_rate, "uniform")
+        name, steps, peak = ("uniform", config.reference_steps or steps,
+                             config.reference_learning_rate)
     if arm == "reference":
         model = reference_model
     method = flags.build(Method, config, name=name, kind=kind,
@@ -984,8 +979,8 @@ def main():
     if published:  # their training was paid for by others: nothing of it is in our bill
         given = dict.fromkeys(config.seeds, (reference_params, train.Totals()))
     elif config.reference != "curated":
-        given = {seed: reference.load(config.reference.replace("{seed}", str(seed)), template, about)
-                 for seed in config.seeds}
+        given = {seed: reference.load(config.reference.replace("{seed}", str(seed)), template,
+                                      about) for seed in config.seeds}
 
     run = train.Run(config, {"split": source.fingerprint, "eval_split": test_source.fingerprint})
     arms = {arm: make_arm(arm, config, model, reference_model)

@@ -62,12 +62,6 @@ PRESETS = {
         arms=["uniform", "learnability"], dataset="fashion_mnist", label_noise=0.4, patch=7,
         learner="96/4/384/4", proxy="32/2/128/2", score_gain=2.0, held_out_fraction=0.2,
         reference_steps=1000, steps=600, active_steps=320, eval_every=30, learning_rate=2e-3),
-    "emoji": dict(
-        arms=["uniform", "learnability"], dataset="emoji", task="image_text",
-        contrastive_loss="softmax", caption_noise=0.5, image_size=32, tokenizer="bytes",
-        context=24, learner="64/2/256/4", proxy="mu", ratio=4.0, score_gain=10.0,
-        held_out_fraction=0.33, steps=800, active_steps=400, reference_steps=800, eval_every=50,
-        learning_rate=1e-3),
     # the paper's model sizes, on generated images: give --dataset for real ones
     "classact_L": dict(PAPER, label_noise=0.0, learner="L"),
     "activeclip_B": dict(PAPER, task="image_text", contrastive_loss="softmax", caption_noise=0.0,

@@ -1,4 +1,4 @@
-"""Which FLOPs each of the paper's levels of amortisation charges, from the learner's alone to all."""
+"""Which FLOPs are charged at each of the paper's levels of amortisation."""
 
 # Each level names the roles that are charged at it. Each one adds to the level before.
 LEVELS = {"fully_amortised": ("learner",)}

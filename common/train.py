@@ -164,9 +164,9 @@ class Stop:
 
 @dataclasses.dataclass
 class Totals:
-    """What has been spent. `seconds` are of training alone, without evaluation. `setup_seconds` were
-    spent before: on the reference's training and scoring. `examples_scored` are all that were drawn
-    from the pool; a uniform arm trains on them and scores none. flops: {role: operations}."""
+    """What has been spent. `seconds` are of training alone, without evaluation. `setup_seconds`
+    were spent before: on the reference's training and scoring. `examples_scored` are all that were
+    drawn from the pool; a uniform arm trains on them and scores none. flops: {role: operations}."""
     step: int = 0
     examples_trained: int = 0
     examples_scored: int = 0
@@ -194,7 +194,7 @@ class Stage:
     def __init__(self, run, name, seed, steps, *, spent=None, about=(), counts=None):
         self.name, self.seed, self.steps, self.about = name, seed, steps, dict(about)
         self.totals, self.step, self.counts = spent or Totals(), 0, counts
-        self._run, self._sums, self._n = run, {}, 0  # metrics since the last row, summed over _n steps
+        self._run, self._sums, self._n = run, {}, 0  # sums over the _n steps since the last row
         self._late, self._since = collections.deque(), None
         self._bar = None
         self._saved = Checkpoints(run.path(f"checkpoints/{name}-{seed}"))
