@@ -2,35 +2,35 @@
 
 Self-supervised learning from uncurated, heavy-tailed images. Contrasting images of one cluster
 gives hard negatives, and rare clusters get models of their own. There are three stages:
-  1. base: MoCLR (SimCLR's loss against a momentum encoder) on all images       `contrast_step`
+  1. base: any self-supervised method on all images; here, as in the paper, MoCLR, which is
+     SimCLR's loss against a momentum encoder                                   `contrast_step`
   2. divide the images by k-means of the base's representations                `kmeans`, `divide`
-     and train an expert on each cluster with the same loss                    `expert_batches`
+     and train an expert on each cluster with the same loss                    `contrast_step`
   3. distil base and experts into one student. From each image it predicts the base's representation
      and that of the expert of the image's cluster                             `distil_step`
-Only the student's encoder is evaluated, frozen (common/probe.py). The views are BYOL's
-(common/augment.py).
+Only the student's encoder is evaluated, frozen (common/probe.py). The views are drawn as BYOL's
+(common/augment.py); small images have weaker ones.
 
-Controls: `moclr` sees as many images as all stages together, and `moclr_flops` costs as many FLOPs
-(`budget`). Batches of one cluster have harder negatives, but also another balance of classes. So
-`dnc_random` divides at random into parts of the same sizes, `dnc_oracle` divides by label, and
-`self_distil` has no experts.
+Controls: `moclr` sees as many images as all stages of dnc together, and `moclr_flops` costs as many
+FLOPs as they do (`budget`). Batches of one cluster have harder negatives, but also another balance
+of classes. So `dnc_random` divides at random into parts of the same sizes, `dnc_oracle` divides by
+label, and `self_distil` has no experts.
 
-Dimension letters: N images of a device (in `divide`, `clusters`, `partition`: of the pool), A of
-all devices, E projection, D representation, K clusters, J candidates of k-means++, T rows of a
-tile, R restarts, B blocks of S slots, C classes, H W C image.
+Dimension letters: N images of a device (of the pool where a stage is planned or images are
+divided), A of all devices, E projection, D representation, K clusters, J candidates of k-means++, R
+restarts, B blocks of S slots, C classes or channels, H W image. F is FLOPs of a forward.
 
 Minutes on two CPU cores:  python dnc.py
 The measurements:          python dnc.py --preset=wild --dataset=path/to/wild/1.0.0
 ResNet-50, 224 px:         python dnc.py --preset=imagenet_R50  (a trial, on generated images)
 
 There is no official code, and we could not read the paper's text in full. docs/differences.md lists
-what is recalled or chosen. Most of it is a flag, and the rest is marked in its docstring.
+what is recalled or chosen, and which of it is a flag.
 """
 
 import dataclasses
 import functools
 import math
-import time
 
 from absl import logging
 import einops
@@ -47,21 +47,21 @@ DIVIDES = ("dnc", "dnc_random", "dnc_oracle")  # have experts
 TOY = {"image_size": 16, "examples": 3000, "tail": 1.5, "radius": 0.25, "domains": 0}
 
 PRESETS = {
-    # the table of docs/results.md: heavy-tailed, halved to 16 px; give its path as --dataset. It
-    # takes an hour a seed on one CPU core. To keep to that it runs 46 epochs, not thousands.
+    # the table of docs/results.md: a heavy-tailed mixture of eight sources, 25,085 images, halved
+    # to 16 px. An hour a seed on one CPU core: 46 epochs, not thousands.
     "wild": dict(
         dataset="wild", arms=["moclr_flops", "dnc", "dnc_random"], image_size=16, hidden=256,
         head_hidden=256, crop_area=0.2, steps=18000, eval_every=1800, learning_rate=32.0,
         distil_learning_rate=32.0, clusters=10, base_fraction=0.3, experts_fraction=0.3,
-        distil_fraction=0.4, expert_init="base", student_init="base"),
-    # BYOL's model, rate, decay and m0 for 1000 epochs; so few updates of generated images show that
-    # it runs. 3000 epochs, as recalled: --dataset=imagenet2012 --eval_split=validation
-    # --batch_size=4096 --steps=938355
+        expert_init="base", student_init="base"),
+    # BYOL's model, rate, decay and m0 for 1000 epochs, for a trial on generated images. The paper's
+    # 3000 epochs, as recalled: --dataset=imagenet2012 --eval_split=validation --batch_size=4096
+    # --steps=938355
     "imagenet_R50": dict(
         arms=["moclr", "moclr_flops", "dnc", "dnc_random", "self_distil"], image_size=224,
         toy_examples=4096, toy_tail=1.0, model="50", hidden=4096, embed=256, head_hidden=4096,
-        dtype="bfloat16", crop_area=0.08, jitter=1.0, blur=["1.0", "0.1"], solarise=["0.0", "0.2"],
-        m0=0.996, clusters=5, steps=1000, batch_size=256, eval_every=500, learning_rate=0.2,
+        dtype="bfloat16", crop_area=0.08, jitter=1.0, blur1=1.0, blur2=0.1, solarise2=0.2, m0=0.996,
+        clusters=5, steps=1000, batch_size=256, eval_every=500, learning_rate=0.2,
         distil_learning_rate=0.2, warmup=0.01),
 }
 
@@ -72,45 +72,50 @@ def define_flags():
             "first is the baseline")
     f.number("base_fraction", 1 / 3, "(0, 1)", "fraction of --steps that trains the base")
     f.number("experts_fraction", 1 / 2, "(0, 1)", "fraction of --steps that the experts share, in "
-             "proportion to the sizes of their clusters")
-    f.number("distil_fraction", 1 / 6, "(0, 1)", "fraction of --steps that trains the student (the "
+             "proportion to the sizes of their clusters; what is left trains the student (the "
              "paper's split, as we recall it, is 1000 + 1500 + 500 epochs)")
-    f.integer("clusters", 4, "[1, inf)", "K (paper: 5 and 10)")
+    f.integer("clusters", 4, "[1, inf)", "K (paper: 5, 10 or more)")
     f.integer("restarts", 10, "[1, inf)", "runs of k-means, of which the best is taken")
-    f.integer("kmeans_iterations", 20, "[1, inf)", "of Lloyd at most, in each run")
-    f.integer("kmeans_examples", 1_000_000, "[1, inf)", "k-means is fitted on at most so many; all "
-              "are assigned")
+    f.integer("kmeans_iterations", 20, "[1, inf)", "Lloyd's iterations in each run, at most")
+    f.integer("kmeans_examples", 1_000_000, "[1, inf)", "k-means is fitted on at most so many "
+              "images; then all are assigned")
     f.choice("expert_init", "scratch", ["scratch", "base"], "initial weights of the experts")
     f.choice("student_init", "scratch", ["scratch", "base"], "initial weights of the student")
     f.number("temperature", 0.1, "(0, inf)", "tau of the contrastive loss")
-    f.switch("same_view_negatives", True, "the other images' targets of an image's own view are "
-             "negatives too (SimCLR; MoCo v3 has none)")
+    f.switch("same_view_negatives", True, "the targets of the other images in the same view "
+             "are negatives too (as in SimCLR; not in MoCo v3)")
     f.number("m0", 0.97, "[0, 1]", "decay of the momentum encoder at the start; 1 at the end "
              "(BYOL: .97 for 40 epochs, .99 for 100 and 300, .996 for 1000)")
 
-    f = flags.Group("Augmentation (the defaults suit images up to 64 px: SimCLR's for CIFAR)")
+    f = flags.Group("Augmentation (the defaults are for images up to 64 px: no blur, as SimCLR for "
+                    "CIFAR; crops and jitter weaker than BYOL's are our choice)")
     f.number("crop_area", 0.3, "(0, 1]", "least area of a crop (BYOL: 0.08)")
-    f.number("jitter", 0.5, "[0, 2.5]", "strength of the colour jitter, as a factor of BYOL's; at "
-             "2.5 a factor reaches 0")
-    f.names("blur", ["0", "0"], "probability of blur, in each of the two views (BYOL: 1.0,0.1)")
-    f.names("solarise", ["0", "0"], "probability of solarisation, in each view (BYOL: 0.0,0.2)")
+    f.number("jitter", 0.5, "[0, 2.5]", "strength of the colour jitter, times BYOL's (beyond 2.5 "
+             "the factor of the contrast could be negative)")
+    f.number("blur1", 0.0, "[0, 1]", "probability of blur in the first view (BYOL: 1.0)")
+    f.number("blur2", 0.0, "[0, 1]", "the same in the second view (BYOL: 0.1)")
+    f.number("solarise1", 0.0, "[0, 1]", "probability of solarisation in the first view (BYOL: 0)")
+    f.number("solarise2", 0.0, "[0, 1]", "the same in the second view (BYOL: 0.2)")
 
     f = flags.Group("Models")
-    f.text("model", "8/16", "ResNet: 18, 50, or 'depth/width' with depth 18, 50 or 6n + 2; up to "
-           "64 px with a stem for small images")
+    f.text("model", "8/16", "ResNet: 18, 50, or 'depth/width' with depth 18, 50 or 6n + 2. For "
+           "images up to 64 px its first convolution is 3 x 3, without pooling")
     f.integer("hidden", 128, "[1, inf)", "hidden width of the projector (BYOL: 4096)")
     f.integer("embed", 64, "[1, inf)", "width E of the projection (BYOL: 256)")
     f.integer("head_hidden", 128, "[1, inf)", "hidden width of the student's regression heads")
     f.choice("dtype", "float32", ["float32", "bfloat16"], "type of the activations")
 
     f = flags.Group("Optimisation")
-    f.integer("steps", 600, "[1, inf)", "updates, in all stages of an arm together")
-    f.integer("batch_size", 64, "[2, inf)", "images per update: at least a negative for each")
+    f.integer("steps", 600, "[1, inf)", "updates, in all stages of an arm together; moclr_flops "
+              "gets as many as dnc's FLOPs pay for")
+    f.integer("batch_size", 64, "[2, inf)", "images per update; from 2 on, so that each has a "
+              "negative")
     f.number("learning_rate", 4.0, "(0, inf)", "of LARS, at 256 images; times batch_size / 256; "
              "linear warm-up, cosine to 0 in each stage (BYOL: .45 for 40 and 100 epochs, .3 for "
              "300, .2 for 1000)")
-    f.number("distil_learning_rate", 4.0, "(0, inf)", "the same of the distillation")
-    f.number("weight_decay", 1.5e-6, "[0, inf)", "inside LARS, on kernels")
+    f.number("distil_learning_rate", 4.0, "(0, inf)", "the same, of the distillation")
+    f.number("weight_decay", 1.5e-6, "[0, inf)", "added to the gradient of kernels before LARS "
+             "scales it")
     f.number("warmup", 0.05, "[0, 1)", "fraction of a stage's steps")
 
     flags.define_shared("dnc", toy=TOY, toy_noise={})
@@ -154,7 +159,8 @@ def project(params, stats, image_NHWC, model):
 
 
 def represent(net, image_NHWC, model):
-    """h [N, D] of normalised images, by a frozen encoder {'params', 'stats'} in evaluation mode."""
+    """h [N, D] of images whose colours are normalised, by a frozen encoder {'params', 'stats'} in
+    evaluation mode."""
     return resnet.resnet_apply(net["params"], net["stats"], image_NHWC, model.encoder,
                                train=False)[0]
 
@@ -169,40 +175,28 @@ def gather(x, axis=None):
     return x if axis is None else jax.lax.all_gather(x, axis, tiled=True)
 
 
-def total(x, axis=None):
-    """Sum over all devices along the mapped axis of that name. Without an axis, x."""
-    return x if axis is None else jax.lax.psum(x, axis)
-
-
 def encoder_of(state):
     """What a stage leaves to the next: {'params', 'stats'} of its online encoder."""
     return {"params": state["learner"]["params"]["encoder"], "stats": state["stats"]["encoder"]}
 
 
-def forward_flops(model):
-    """FLOPs in one forward of one image: (of the encoder, of the encoder with its projector). A
-    multiply-add counts as two."""
-    D, encoder = model.encoder.features, resnet.resnet_flops(model.encoder)
-    return encoder, encoder + 2 * model.hidden * (D + model.embed)
-
-
 # -------------------------------------------------------------------------- 1. base: MoCLR
 
 
-def info_nce(q_NE, k_AE, temperature, same_AE=None, offset=0):
+def info_nce(q_NE, k_AE, temperature, own_view_AE=None, offset=0):
     """(loss, hardness): InfoNCE of the online projections q against the targets k.
 
     loss: the mean over rows i of -log softmax of q_i.k / tau at i's own row of k. The negatives of
-    i are all other rows of k and, if `same_AE` is given, all other rows of it (the targets of q's
-    own view). hardness: the mean of log sum exp over the negatives alone. All rows must be
+    i are all other rows of k and, if `own_view_AE` is given, all other rows of it (the targets of
+    q's own view). hardness: the mean of log sum exp over the negatives alone. All rows must be
     L2-normalised. Row i of q owns row offset + i of k.
     """
     own_NA = jax.nn.one_hot(offset + jnp.arange(len(q_NE)), len(k_AE), dtype=bool)
     logits_NA = jnp.einsum("ne,ae->na", q_NE, k_AE) / temperature
     positive_N = jnp.sum(logits_NA, axis=1, where=own_NA)
     negatives = jnp.where(own_NA, -jnp.inf, logits_NA)
-    if same_AE is not None:
-        same_NA = jnp.einsum("ne,ae->na", q_NE, same_AE) / temperature
+    if own_view_AE is not None:
+        same_NA = jnp.einsum("ne,ae->na", q_NE, own_view_AE) / temperature
         negatives = jnp.concatenate([negatives, jnp.where(own_NA, -jnp.inf, same_NA)], axis=1)
     hardness_N = jax.nn.logsumexp(negatives, axis=1)
     return jnp.logaddexp(positive_N, hardness_N).mean() - positive_N.mean(), hardness_N.mean()
@@ -220,10 +214,10 @@ def moclr_loss(q1_NE, q2_NE, k1_NE, k2_NE, temperature, same_view_negatives=True
     offset = jax.lax.axis_index(axis) * len(q1_NE) if axis else 0  # of this device's first row
     q1_NE, q2_NE = unit(q1_NE), unit(q2_NE)
     k1_AE, k2_AE = (gather(jax.lax.stop_gradient(unit(k)), axis) for k in (k1_NE, k2_NE))
-    same = (k1_AE, k2_AE) if same_view_negatives else (None, None)
-    ways = (info_nce(q1_NE, k2_AE, temperature, same[0], offset),
-            info_nce(q2_NE, k1_AE, temperature, same[1], offset))
-    return jax.tree.map(lambda a, b: 0.5 * (a + b), *ways)
+    own_view = (k1_AE, k2_AE) if same_view_negatives else (None, None)
+    loss1, hardness1 = info_nce(q1_NE, k2_AE, temperature, own_view[0], offset)
+    loss2, hardness2 = info_nce(q2_NE, k1_AE, temperature, own_view[1], offset)
+    return 0.5 * (loss1 + loss2), 0.5 * (hardness1 + hardness2)
 
 
 def ema_decay(step, total_steps, m0):
@@ -233,8 +227,9 @@ def ema_decay(step, total_steps, m0):
 
 
 def warmup_cosine(step, total_steps, warmup, peak):
-    """Learning rate: from 0 to `peak` along a line in `warmup` steps, then along half a cosine to 0
-    at `total_steps`."""
+    """Learning rate: from 0 to `peak` along a line in the first part `warmup` of the steps, then
+    along half a cosine to 0 at `total_steps`."""
+    warmup = jnp.round(warmup * total_steps)
     progress = jnp.clip((step - warmup) / jnp.maximum(total_steps - warmup, 1), 0, 1)
     return peak * jnp.where(step < warmup, step / jnp.maximum(warmup, 1),
                             (1 + jnp.cos(jnp.pi * progress)) / 2)
@@ -243,9 +238,9 @@ def warmup_cosine(step, total_steps, warmup, peak):
 def lars(weight_decay, *, trust=1e-3, momentum=0.9):
     """LARS as in BYOL's code, without the learning rate, which `update` applies.
 
-    g = gradient + weight_decay w, u = trust |w| / |g| g, m = momentum m + u. Where a norm is 0,
+    g = gradient + weight_decay w, u = trust |w| / |g| g, m = momentum m + u. Where |w| or |g| is 0,
     u = g. Only kernels, the leaves named 'w' of nested dicts, have decay and trust ratio. For
-    biases and norms u is the gradient.
+    biases and batch norms u is the gradient.
     """
     is_kernel = lambda params: jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "w", params)
@@ -258,8 +253,8 @@ def update(learner, grads, optimiser, rate):
     """One step of {'params', 'opt'}: w - rate m, where m is the optimiser's update.
 
     The rate is an argument of every step, so that stages of different lengths share one program.
-    It stands outside the momentum, as in BYOL's code. Inside (You et al., 1708.03888), a step would
-    still move by rates of steps before, which differ most during the warm-up.
+    It stands outside the momentum, as in BYOL's code. In the paper of LARS (You et al., 1708.03888)
+    it stands inside: there the momentum keeps each update times the rate of its own step.
     """
     m, opt = optimiser.update(grads, learner["opt"], learner["params"])
     return {"params": jax.tree.map(lambda w, m: w - rate * m, learner["params"], m), "opt": opt}
@@ -292,7 +287,7 @@ def contrast_step(state, index, key, batch_N, *, model, optimiser, views, temper
     (loss, (hardness, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(
         state["learner"]["params"])
     loss, hardness, grads = devices.mean((loss, hardness, grads))
-    rate = warmup_cosine(index, state["total"], jnp.round(warmup * state["total"]), peak)
+    rate = warmup_cosine(index, state["total"], warmup, peak)
     learner = update(state["learner"], grads, optimiser, rate)
     target = optax.incremental_update(learner["params"], state["target"],
                                       1 - ema_decay(index, state["total"], m0))
@@ -302,37 +297,40 @@ def contrast_step(state, index, key, batch_N, *, model, optimiser, views, temper
             {"loss": loss, "hardness": hardness, "effective_classes": classes})
 
 
+def new_state(key, model, optimiser, n_steps, start_from=None):
+    """State of `contrast_step`, from scratch or from the parameters and statistics of another. The
+    momentum encoder starts as a copy of the online one."""
+    params, stats = (start_from["learner"]["params"], start_from["stats"]) if start_from else init(
+        key, model)
+    return {"learner": {"params": params, "opt": optimiser.init(params)}, "stats": stats,
+            "target": params, "total": np.int32(n_steps)}
+
+
 def effective_classes(label_A, n_classes):
-    """exp of the entropy of a batch's labels: so many equally common classes have that entropy."""
+    """exp of the entropy of a batch's labels: the number of equally common classes that would have
+    the same entropy."""
     p_C = jnp.bincount(label_A, length=n_classes) / len(label_A)
     return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(p_C, p_C)))
 
 
-# ------------------------------------- 2. divide: k-means (needs only `gather` and `total`)
+# ------------------------------------------------- 2. divide: k-means, which stands alone
 
 
-def kmeans(key, x_ND, k, *, restarts=10, iterations=20, valid_N=None, axis=None, tile=4096):
+def kmeans(key, x_ND, k, *, restarts=10, iterations=20, tile=4096):
     """(centres [K, D], inertia): the best of several runs of k-means++ and Lloyd's iterations.
 
     `nearest(x_ND, centres_KD)` then assigns points to the centres. If the points lie far from the
     origin, subtract their mean from points and centres first. Requires k <= N, because a point can
-    be one centre only.
-
-    valid_N: 1 for points, 0 for padding. Padding must stand at the end of the last device's rows.
-    Inside `pmap`, `axis` names the mapped axis and x is this device's share of the points. All
-    devices then return what one device with all points would. Memory holds x and the distances of
-    one `tile` of points, never all distances.
+    be one centre only. It runs on one device, whose memory holds x and the distances of one `tile`
+    of points, never all distances.
     """
-    valid_N = jnp.ones(len(x_ND)) if valid_N is None else valid_N.astype(jnp.float32)
-    # distances lose fewest digits where the points lie around 0: see `nearest`
-    mean_D = total(valid_N @ x_ND, axis) / total(valid_N.sum(), axis)
-    x_ND = (x_ND - mean_D) * valid_N[:, None]
+    mean_D = x_ND.mean(0)  # distances lose fewest digits where the points lie around 0
+    x_ND = jnp.asarray(x_ND - mean_D)
 
     def once(key):
         draw_KJ = jax.random.uniform(key, (k, n_candidates(k)))
-        centres_KD = kmeans_plus_plus(draw_KJ, x_ND, valid_N, axis)
-        centres_KD = lloyd(x_ND, centres_KD, iterations, valid_N, axis, tile)
-        return centres_KD, total(valid_N @ nearest(x_ND, centres_KD, valid_N, tile)[1], axis)
+        centres_KD = lloyd(x_ND, kmeans_plus_plus(draw_KJ, x_ND), iterations, tile)
+        return centres_KD, nearest(x_ND, centres_KD, tile)[1].sum()
 
     centres_RKD, inertia_R = jax.lax.map(once, jax.random.split(key, restarts))
     best = jnp.argmin(inertia_R)
@@ -345,7 +343,7 @@ def n_candidates(k):
     return 2 + int(math.log(k))
 
 
-def kmeans_plus_plus(draw_KJ, x_ND, valid_N, axis=None):
+def kmeans_plus_plus(draw_KJ, x_ND):
     """First centres [K, D] by greedy k-means++ (Arthur and Vassilvitskii, 2007).
 
     The first centre is a random point. For every further one, J candidates are drawn from the
@@ -353,36 +351,31 @@ def kmeans_plus_plus(draw_KJ, x_ND, valid_N, axis=None):
     nearest centre so far. The candidate that leaves the least sum of masses is the new centre.
     draw_KJ: uniform in [0, 1). Only one draw is used for the first centre.
     """
-    first_row = jax.lax.axis_index(axis) * len(x_ND) if axis else 0
-    last_row = total(valid_N.sum(), axis).astype(int) - 1  # of the valid rows of all devices
-    distance_N = lambda centre_D: valid_N * jnp.square(x_ND - centre_D).sum(1)
+    distance_N = lambda centre_D: jnp.square(x_ND - centre_D).sum(1)
 
     def points(mass_N, draw_J):
         """The points [J, D] where the running sum of the masses first exceeds the draw's part of
         the whole. Masses 1, 0, 3 have running sums 1, 1, 4: draws below 1/4 give the first point,
         the others give the third, and no draw gives the second, which is a centre already."""
-        running_A = jnp.cumsum(gather(mass_N, axis))
-        row_J = jnp.searchsorted(running_A, draw_J * running_A[-1], side="right")
-        row_J = jnp.minimum(row_J, last_row) - first_row  # rounding may lead beyond the last row
-        mine_J = (row_J >= 0) & (row_J < len(x_ND))
-        # each row is on one device, so that the sum over all devices is that row
-        return total(jnp.where(mine_J[:, None], x_ND[row_J], 0), axis)
+        running_N = jnp.cumsum(mass_N)
+        row_J = jnp.searchsorted(running_N, draw_J * running_N[-1], side="right")
+        return x_ND[jnp.minimum(row_J, len(x_ND) - 1)]  # rounding may lead beyond the last row
 
     def add_centre(mass_N, draw_J):
         centre_JD = points(mass_N, draw_J)
         mass_JN = jnp.minimum(mass_N, jax.vmap(distance_N)(centre_JD))
-        left_J = total(mass_JN.sum(1), axis)
-        # Two points that only affect each other leave the same sum, whichever becomes a centre. The
-        # first of equal candidates is taken, and not the one that rounding favours.
+        left_J = mass_JN.sum(1)
+        # Candidates can leave equal sums, such as two points that are nearest to each other alone.
+        # Rounding must not choose between them: the first is taken.
         best = jnp.argmax(left_J <= (1 + 1e-5) * left_J.min())
         return mass_JN[best], centre_JD[best]
 
-    centre_1D = points(valid_N, draw_KJ[0, :1])
+    centre_1D = points(jnp.ones(len(x_ND)), draw_KJ[0, :1])
     return jnp.concatenate([centre_1D, jax.lax.scan(
         add_centre, distance_N(centre_1D), draw_KJ[1:])[1]])
 
 
-def lloyd(x_ND, centres_KD, iterations, valid_N, axis=None, tile=4096):
+def lloyd(x_ND, centres_KD, iterations, tile=4096):
     """Centres [K, D] after Lloyd's iterations. Each one assigns every point to its nearest centre
     and moves each centre to the mean of its points. They stop early once no centre moves.
 
@@ -391,60 +384,36 @@ def lloyd(x_ND, centres_KD, iterations, valid_N, axis=None, tile=4096):
     """
     K = len(centres_KD)
 
-    def reseed(centres_KD, moved_KD, empty_K):
-        distance_N = nearest(x_ND, centres_KD, valid_N, tile)[1]
-        # the farthest points of each device, and of these the farthest of all devices
-        far_F, row_F = jax.lax.top_k(jnp.where(valid_N > 0, distance_N, -1), min(K, len(x_ND)))
-        order_K = jax.lax.top_k(gather(far_F, axis), K)[1]
-        far_KD = gather(x_ND[row_F], axis)[order_K]
-        return jnp.where(empty_K[:, None], far_KD[jnp.cumsum(empty_K) - 1], moved_KD)
-
     def iteration(carry):
         i, centres_KD, _ = carry
-        _, _, sum_KD, count_K = nearest(x_ND, centres_KD, valid_N, tile)
-        sum_KD, count_K = total(sum_KD, axis), total(count_K, axis)
-        moved_KD = sum_KD / jnp.maximum(count_K, 1)[:, None]
-        moved_KD = jax.lax.cond(jnp.any(count_K == 0), reseed, lambda c, moved, e: moved,
-                                centres_KD, moved_KD, count_K == 0)
+        index_N, distance_N = nearest(x_ND, centres_KD, tile)
+        sum_KD = jax.ops.segment_sum(x_ND, index_N, K)
+        count_K = jnp.bincount(index_N, length=K)
+        empty_K = count_K == 0
+        far_KD = x_ND[jax.lax.top_k(distance_N, K)[1]]  # the farthest points, the farthest first
+        moved_KD = jnp.where(empty_K[:, None], far_KD[jnp.cumsum(empty_K) - 1],
+                             sum_KD / jnp.maximum(count_K, 1)[:, None])
         return i + 1, moved_KD, jnp.any(moved_KD != centres_KD)
 
     return jax.lax.while_loop(lambda carry: (carry[0] < iterations) & carry[2], iteration,
                               (0, centres_KD, True))[1]
 
 
-def nearest(x_ND, centres_KD, valid_N=None, tile=4096):
-    """(index [N] of each point's nearest centre, squared distance to it [N], sum [K, D] and number
-    [K] of each centre's points). Of equally near centres the first counts.
-
-    It goes through a tile of points at a time. The last tile starts earlier than its turn, so that
-    it is full as well: 10 points in tiles of 4 are rows 0-3, 4-7 and 6-9, and of the last tile only
-    rows 8 and 9 are new. (To fill up the points instead would copy them all.)
-    """
-    N, K, tile = len(x_ND), len(centres_KD), min(tile, len(x_ND))
-    valid_N = jnp.ones(N) if valid_N is None else valid_N
+def nearest(x_ND, centres_KD, tile=4096):
+    """(index [N] of each point's nearest centre, squared distance to it [N]), a tile of points at a
+    time. Of equally near centres the first counts."""
+    K, centres_KD = len(centres_KD), jnp.asarray(centres_KD)
     norm_K = jnp.square(centres_KD).sum(1)
 
-    def one(sums, start):
-        at = jnp.minimum(start, N - tile)
-        x_TD, valid_T = (jax.lax.dynamic_slice_in_dim(v, at, tile) for v in (x_ND, valid_N))
-        counts_T = (at + jnp.arange(tile) >= start) & (valid_T > 0)
+    def one(x_D):
         # |x - c|^2 without |x|^2, which does not change which centre is nearest. The difference
         # loses digits where |c| is large compared with what tells the points apart.
-        score_TK = norm_K - 2 * jnp.einsum("td,kd->tk", x_TD, centres_KD,
-                                           precision=jax.lax.Precision.HIGHEST)
+        score_K = norm_K - 2 * jnp.matmul(centres_KD, x_D, precision="highest")
         # the first centre with the least score: on CPUs twice as fast as argmin
-        is_least_TK = score_TK <= score_TK.min(1, keepdims=True)
-        index_T = jnp.where(is_least_TK, jnp.arange(K), K - 1).min(1)
-        distance_T = jnp.square(x_TD - centres_KD[index_T]).sum(1)
-        group_T = jnp.where(counts_T, index_T, K)  # group K is dropped by `segment_sum`
-        add = lambda v: jax.ops.segment_sum(v, group_T, K)
-        return (sums[0] + add(x_TD), sums[1] + add(jnp.ones(tile))), (index_T, distance_T)
+        index = jnp.where(score_K <= score_K.min(), jnp.arange(K), K - 1).min()
+        return index, jnp.square(x_D - centres_KD[index]).sum()
 
-    zeros = jnp.zeros_like(centres_KD), jnp.zeros(K)
-    (sum_KD, count_K), parts = jax.lax.scan(one, zeros, jnp.arange(0, N, tile))
-    # all rows of all tiles but the last, and the new rows of the last
-    index_N, distance_N = (jnp.concatenate([v[:-1].reshape(-1), v[-1, -N % tile:]]) for v in parts)
-    return index_N, distance_N, sum_KD, count_K
+    return jax.lax.map(one, x_ND, batch_size=min(tile, len(x_ND)))
 
 
 def kmeans_flops(n_fit, n_all, K, D, restarts, iterations):
@@ -466,26 +435,16 @@ def kmeans_flops(n_fit, n_all, K, D, restarts, iterations):
 def cluster(key, h_ND, k, *, examples, restarts, iterations, seed):
     """(cluster [N] of each representation, seconds). k-means is fitted on a random part of at most
     `examples`, and then all N are assigned. The time to compile does not count."""
-    fit = np.sort(np.random.default_rng((seed, 4)).permutation(len(h_ND))[:examples])
+    fit_ND = h_ND[np.sort(np.random.default_rng((seed, 4)).permutation(len(h_ND))[:examples])]
 
-    def sharded(x_ND):
-        """This host's rows, filled up to a multiple of the devices, and which of them are valid."""
-        rows = -(-len(x_ND) // jax.device_count()) * jax.local_device_count()
-        mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-        valid = np.arange(rows) + mine.start < len(x_ND)
-        return devices.shard({"x": np.pad(x_ND[mine], ((0, rows - len(x_ND[mine])), (0, 0))),
-                              "valid": valid})
+    def divided(key, fit_ND, h_ND):
+        centres_KD, _ = kmeans(key, fit_ND, k, restarts=restarts, iterations=iterations)
+        return nearest(h_ND, centres_KD)[0]
 
-    fit_to = devices.pmap(lambda key, b: kmeans(
-        key, b["x"], k, restarts=restarts, iterations=iterations, valid_N=b["valid"],
-        axis=AXIS)[0], (None, 0))
-    assign = devices.pmap(lambda centres_KD, b: gather(
-        nearest(b["x"], centres_KD, b["valid"])[0], AXIS), (None, 0))
+    program = jax.jit(divided).lower(key, fit_ND, h_ND).compile()
     begin = devices.clock()
-    centres_KD = jax.device_get(fit_to(key, sharded(h_ND[fit])))
-    cluster_N = np.asarray(assign(centres_KD, sharded(h_ND)))[:len(h_ND)]
-    seconds = devices.clock() - begin
-    return cluster_N.astype(np.int32), seconds
+    cluster_N = np.asarray(program(key, fit_ND, h_ND), np.int32)
+    return devices.agree(cluster_N), devices.clock() - begin
 
 
 def partition(arm, cluster_N, label_N, k, seed):
@@ -498,34 +457,26 @@ def partition(arm, cluster_N, label_N, k, seed):
     if arm == "dnc_random":
         return np.random.default_rng((seed, 5)).permutation(cluster_N)
     if arm == "dnc_oracle":
-        count_C, count_K, group_C = np.bincount(label_N), np.zeros(k, int), {}
+        count_C, count_K = np.bincount(label_N), np.zeros(k, int)
+        group_C = np.zeros(len(count_C), np.int32)
         for c in np.argsort(-count_C, kind="stable"):
             group_C[c] = count_K.argmin()
             count_K[group_C[c]] += count_C[c]
-        return np.array([group_C[c] for c in label_N], np.int32)
+        return group_C[label_N]
     return cluster_N
 
 
 def expert_steps(sizes, total_steps):
     """Steps of each expert, in proportion to the size of its cluster.
 
-    The paper says "epochs in proportion". We read these as epochs of the whole set. So every expert
-    goes over its own cluster equally often. The shares are rounded down, and those with the largest
-    remainders get one step more, so that all steps are used.
+    The paper, as we recall it, gives experts epochs in proportion to the sizes. We take them as
+    epochs of the whole set, so that every expert goes over its own cluster equally often. Shares
+    are rounded down, and the largest remainders get one step more.
     """
-    N = sum(int(size) for size in sizes)
-    steps = [total_steps * int(size) // N for size in sizes]
-    remainder = [total_steps * int(size) % N for size in sizes]
-    for j in sorted(range(len(steps)), key=lambda j: -remainder[j])[:total_steps - sum(steps)]:
-        steps[j] += 1
-    return steps
-
-
-def expert_batches(pool, cluster_N, j, **how):
-    """`data.batches` of cluster j alone, so that every negative is from the same cluster. If the
-    cluster is smaller than a batch, its images repeat within a batch: then copies of an image are
-    among its negatives."""
-    return data.batches(pool.subset(pool.ids[cluster_N == j]), wrap=True, **how)
+    sizes = np.asarray(sizes, np.int64)
+    steps, remainder = np.divmod(total_steps * sizes, sizes.sum())
+    steps[np.argsort(-remainder, kind="stable")[:total_steps - steps.sum()]] += 1
+    return steps.tolist()
 
 
 # ----------------------------------------------------------------------------------- 3. distil
@@ -550,56 +501,52 @@ def head(p, h_ND):
     return vit.dense(p["down"], jax.nn.relu(vit.dense(p["up"], h_ND)))
 
 
-def distil_loss(base_ND, heads_NKD, to_base_ND, to_own_ND, cluster_N):
+def distil_loss(predicted_base_ND, predicted_experts_NKD, base_ND, own_ND, cluster_N):
     """Mean over images of (2 - 2 cos(base head, base) + 2 - 2 cos(own head, own expert)) / 2. The
     equal weights are recalled, not read in the paper.
 
-    base_ND: predictions of the base head. heads_NKD: predictions of the K expert heads, of which
+    predicted_base_ND, predicted_experts_NKD: what the K + 1 heads predict. Of the experts' heads
     only that of an image's cluster is used. None: there are no experts, and only the base's term
-    remains. to_base_ND, to_own_ND: the targets, to which no gradient flows.
+    remains. base_ND, own_ND: the teachers' representations, to which no gradient flows.
     """
     regress = lambda y, t: 2 - 2 * jnp.einsum("nd,nd->n", unit(y), jax.lax.stop_gradient(unit(t)))
-    loss_N = regress(base_ND, to_base_ND)
-    if heads_NKD is not None:
-        own_ND = jnp.take_along_axis(heads_NKD, cluster_N[:, None, None], axis=1)[:, 0]
-        loss_N = 0.5 * (loss_N + regress(own_ND, to_own_ND))
+    loss_N = regress(predicted_base_ND, base_ND)
+    if predicted_experts_NKD is not None:
+        predicted_own_ND = jnp.take_along_axis(predicted_experts_NKD, cluster_N[:, None, None],
+                                               axis=1)[:, 0]
+        loss_N = 0.5 * (loss_N + regress(predicted_own_ND, own_ND))
     return loss_N.mean()
 
 
 def own_expert(experts, image_NHWC, cluster_N, model):
     """h [N, D] of each image by the expert of its own cluster.
 
-    All K experts on all images would cost K N forwards. Instead the images are sorted by cluster
-    and cut into blocks, each of a single cluster, and a block goes through its expert. The blocks
-    hold at most a quarter more than N images (`block_shape`). experts: frozen encoders, stacked
-    [K, ...].
+    All K experts on all images would cost K N forwards. Instead the images of a cluster are put
+    into blocks, and a block goes through its expert. The blocks hold at most a quarter more than N
+    images (`block_shape`). experts: frozen encoders, stacked [K, ...].
 
-    Example: the clusters of 4 images are 1, 0, 1, 1, and a block has 2 slots. Sorted by cluster
-    they are images 1, 0, 2, 3. The blocks are (1, -) for expert 0, and (0, 2) and (3, -) for expert
-    1. So the sorted images are in slots 0, 2, 3, 4. Slots 1 and 5 are empty: they are computed for
-    image 0, and nothing reads the result.
+    Example: the clusters of 4 images are 1, 0, 1, 1, and a block has 2 slots. Expert 0 gets the
+    block (1, -) and expert 1 the blocks (0, 2) and (3, -). So images 0 to 3 are in slots 2, 0, 3,
+    4. Slots 1 and 5 are empty: they are computed for image 0, and nothing reads the result.
     """
     N, K = len(image_NHWC), len(jax.tree.leaves(experts)[0])
     size, n_blocks = block_shape(N, K)
-    count_K = jnp.bincount(cluster_N, length=K)
-    blocks_K = -(-count_K // size)  # rounded up: (1, 2) in the example
-    order_N = jnp.argsort(cluster_N)
-    sorted_N = cluster_N[order_N]
-    # a sorted image's slot: where its cluster's first block begins, plus its rank in the cluster
-    rank_N = jnp.arange(N) - (jnp.cumsum(count_K) - count_K)[sorted_N]
-    slot_N = (jnp.cumsum(blocks_K) - blocks_K)[sorted_N] * size + rank_N
-    image_S = jnp.zeros(n_blocks * size, int).at[slot_N].set(order_N)
+    # how many images of each cluster there are up to each image
+    count_NK = jnp.cumsum(jax.nn.one_hot(cluster_N, K, dtype=int), axis=0)
+    rank_N = count_NK[jnp.arange(N), cluster_N] - 1  # of an image in its cluster
+    blocks_K = -(-count_NK[-1] // size)  # rounded up: (1, 2) in the example
+    end_K = jnp.cumsum(blocks_K)
+    slot_N = (end_K - blocks_K)[cluster_N] * size + rank_N
+    image_S = jnp.zeros(n_blocks * size, int).at[slot_N].set(jnp.arange(N))
     # block b belongs to the first cluster whose blocks end after it; blocks at the end may be idle
-    expert_B = jnp.searchsorted(jnp.cumsum(blocks_K), jnp.arange(n_blocks), side="right")
-    expert_B = jnp.minimum(expert_B, K - 1)
+    expert_B = jnp.minimum(jnp.searchsorted(end_K, jnp.arange(n_blocks), side="right"), K - 1)
 
     def block(expert_and_images):
         expert, images = expert_and_images
         return represent(jax.tree.map(lambda x: x[expert], experts), image_NHWC[images], model)
 
     h_BSD = jax.lax.map(block, (expert_B, einops.rearrange(image_S, "(b s) -> b s", s=size)))
-    h_SD = einops.rearrange(h_BSD, "b s d -> (b s) d")
-    return h_SD[jnp.zeros(N, int).at[order_N].set(slot_N)]  # back in the order of the images
+    return einops.rearrange(h_BSD, "b s d -> (b s) d")[slot_N]
 
 
 def block_shape(n, k):
@@ -623,11 +570,11 @@ def distil_step(state, index, key, batch_N, *, model, optimiser, views, peak, wa
       views: only the first view is used.
     """
     image_NHWC = batch_N["image"]
-    view, = augment.draw_views(jax.random.fold_in(key, index), devices.places(image_NHWC),
-                               image_NHWC, views, 1)
+    view = augment.draw_views(jax.random.fold_in(key, index), devices.places(image_NHWC),
+                              image_NHWC, views, 1)[0]
     cluster_N, experts = batch_N.get("cluster"), state.get("experts")
-    to_base_ND = represent(state["base"], view, model)
-    to_own_ND = own_expert(experts, view, cluster_N, model) if experts else None
+    base_ND = represent(state["base"], view, model)
+    own_ND = own_expert(experts, view, cluster_N, model) if experts else None
 
     def loss_of(params):
         h_ND, stats = resnet.resnet_apply(params["encoder"], state["stats"]["encoder"], view,
@@ -635,40 +582,55 @@ def distil_step(state, index, key, batch_N, *, model, optimiser, views, peak, wa
         heads = {name: head(p, h_ND) for name, p in params["heads"].items()}
         heads_NKD = jnp.stack([heads[f"expert{j}"] for j in range(len(heads) - 1)],
                               axis=1) if experts else None
-        return distil_loss(heads["base"], heads_NKD, to_base_ND, to_own_ND, cluster_N), stats
+        return distil_loss(heads["base"], heads_NKD, base_ND, own_ND, cluster_N), stats
 
     (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state["learner"]["params"])
     loss, grads = devices.mean((loss, grads))
-    rate = warmup_cosine(index, state["total"], jnp.round(warmup * state["total"]), peak)
+    rate = warmup_cosine(index, state["total"], warmup, peak)
     learner = update(state["learner"], grads, optimiser, rate)
     return {**state, "learner": learner, "stats": {"encoder": stats}}, {"loss": loss}
+
+
+def new_student(key, model, optimiser, n_steps, base, experts=(), from_base=False):
+    """State of `distil_step`. The frozen teachers are part of it."""
+    params, stats = student_init(key, model, len(experts))
+    if from_base:
+        params["encoder"], stats["encoder"] = base["params"], base["stats"]
+    teachers = {"base": base}
+    if experts:
+        teachers["experts"] = jax.tree.map(lambda *x: np.stack(x), *experts)
+    return {"learner": {"params": params, "opt": optimiser.init(params)}, "stats": stats,
+            "total": np.int32(n_steps), **teachers}
 
 
 # ------------------------------------------------------------------------------------ the bill
 
 
-def plan(arm, steps, fractions, flops_steps=0):
-    """{'base', 'experts', 'distil'}: steps of the stages of an arm. They add up to `steps`, and for
-    `moclr_flops` to `flops_steps`. Without experts, the student gets the experts' steps as well."""
+def plan(arm, steps, fractions):
+    """{'base', 'experts', 'distil'}: how the stages of an arm share its steps. Base and experts get
+    these fractions and the student the rest, also the experts' steps where there are none."""
     if arm in ("moclr", "moclr_flops"):
-        return {"base": flops_steps if arm == "moclr_flops" else steps, "experts": 0, "distil": 0}
-    base, experts = (round(f * steps) for f in fractions[:2])
-    distil = steps - base - experts
-    return {"base": base, "experts": experts if arm in DIVIDES else 0,
-            "distil": distil if arm in DIVIDES else distil + experts}
+        return {"base": steps, "experts": 0, "distil": 0}
+    base, experts = (round(f * steps) for f in fractions)
+    if arm not in DIVIDES:
+        experts = 0
+    return {"base": base, "experts": experts, "distil": steps - base - experts}
 
 
-def step_flops(role, b, model, *, K=0):
-    """FLOPs of one step of b images. A training step is three forwards (one and its backward).
+def contrast_flops(b, model):
+    """FLOPs of one step of MoCLR on b images. For each of two views: a training step online, which
+    is three forwards (one and its backward), and a forward of the target. A multiply-add counts as
+    two."""
+    F = resnet.resnet_flops(model.encoder)
+    F_projector = 2 * model.hidden * (model.encoder.features + model.embed)
+    return 2 * (3 + 1) * b * (F + F_projector)
 
-    MoCLR: for each of two views, a training step online and a forward of the target. Distillation:
-    a training step of the student with its K + 1 heads, a forward of the base, and the forwards of
-    `own_expert` on one device (on more, its blocks are smaller and as well filled).
-    """
-    F, F_projected = forward_flops(model)
-    if role in ("base", "experts"):
-        return 2 * (3 + 1) * b * F_projected
-    assert role == "distillation", role
+
+def distil_flops(b, model, K):
+    """FLOPs of one step of distillation on b images: a training step of the student with its K + 1
+    heads, a forward of the base, and the forwards of `own_expert` on one device. (On several its
+    blocks are smaller; there too at most a quarter of the slots is added.)"""
+    F = resnet.resnet_flops(model.encoder)
     F_heads = (K + 1) * 4 * model.encoder.features * model.head_hidden
     own = math.prod(block_shape(b, K)) if K else 0
     return 3 * b * (F + F_heads) + b * F + own * F
@@ -676,48 +638,25 @@ def step_flops(role, b, model, *, K=0):
 
 def clustering_flops(model, config, N):
     """FLOPs of the clusters of N images: a forward of each by the base, and k-means."""
-    return N * forward_flops(model)[0] + kmeans_flops(
+    return N * resnet.resnet_flops(model.encoder) + kmeans_flops(
         min(config.kmeans_examples, N), N, config.clusters, model.encoder.features, config.restarts,
         config.kmeans_iterations)
 
 
-def declared_flops(arm, steps, model, config, N):
-    """{role: FLOPs} of a whole arm, whose stages have these `steps`, on a pool of N images.
-    dnc_random pays for the clusters too, because it uses their sizes. dnc_oracle gets its groups
-    for nothing."""
-    b, K = config.batch_size, config.clusters if arm in DIVIDES else 0
-    return {"base": steps["base"] * step_flops("base", b, model),
-            "clustering": clustering_flops(model, config, N) * (arm in ("dnc", "dnc_random")),
-            "experts": steps["experts"] * step_flops("experts", b, model),
-            "distillation": steps["distil"] * step_flops("distillation", b, model, K=K)}
-
-
 def budget(config, model, N):
-    """{arm: steps by stage}. `moclr_flops` gets the steps that cost as much as dnc."""
-    fractions = config.base_fraction, config.experts_fraction, config.distil_fraction
-    dnc = declared_flops("dnc", plan("dnc", config.steps, fractions), model, config, N)
-    equal = max(1, round(sum(dnc.values()) / step_flops("base", config.batch_size, model)))
-    return {arm: plan(arm, config.steps, fractions, equal) for arm in config.arms}
+    """{arm: steps by stage} on a pool of N images. `moclr_flops` gets the steps that cost as much
+    as dnc."""
+    b, fractions = config.batch_size, (config.base_fraction, config.experts_fraction)
+    dnc = plan("dnc", config.steps, fractions)
+    flops = ((dnc["base"] + dnc["experts"]) * contrast_flops(b, model)
+             + clustering_flops(model, config, N)
+             + dnc["distil"] * distil_flops(b, model, config.clusters))
+    equal = max(1, round(flops / contrast_flops(b, model)))
+    return {arm: plan(arm, equal if arm == "moclr_flops" else config.steps, fractions)
+            for arm in config.arms}
 
 
 # ------------------------------------------------------------------------- training, evaluation
-
-
-def train_stage(stage, state, step, key, load, evaluate, **cost):
-    """Trains a stage, from its last checkpoint to its end, and returns the state.
-
-    step: `contrast_step` or `distil_step` as a `devices.pmap`. load(start) yields the sharded
-    batches from step `start` on. evaluate(state, ends) -> metrics. cost: what `stage.count` charges
-    for a step.
-    """
-    state = stage.resume(state)
-    for index, batch in stage.batches(load):
-        state, metrics = step(state, index, key, batch)
-        stage.count(metrics, **cost)
-        if stage.evaluates:
-            stage.write(evaluate(state, stage.ends))
-        stage.save(state)
-    return state
 
 
 def make_forward(model):
@@ -731,17 +670,8 @@ def make_forward(model):
     return devices.pmap(forward, in_axes=(None, 0))
 
 
-def evaluate(net, forward, pools, batch_size, n_classes, ends):
-    """Metrics of a frozen encoder on (training pool, test pool). On the way: nearest neighbours,
-    which are cheap. At the end also the linear probe, the paper's own measure and so the headline.
-    """
-    train, test = (reference.forward_all(net, forward, pool, batch_size)[0] for pool in pools)
-    metrics = probe.knn_metrics(train, test, n_classes)
-    return metrics | probe.linear_metrics(train, test, n_classes) if ends else metrics
-
-
 def pixels(pool, batch_size):
-    """The images themselves in the place of features: no method should be worth less."""
+    """The images themselves as features: a baseline that every method should beat."""
     parts = [(b["image"][b["valid"]], b["label"][b["valid"]]) for b in data.sweep(pool, batch_size)]
     image, label = (np.concatenate(x) for x in zip(*parts))
     return {"h": einops.rearrange(image, "n h w c -> n (h w c)").astype(np.float32), "label": label}
@@ -761,7 +691,7 @@ class Experiment:
     label_N: np.ndarray  # of the pool's examples; only for reports, and for dnc_oracle
     test_pool: data.Pool
     n_classes: int
-    steps: dict  # `make_steps`
+    programs: dict  # `make_programs`
     forward: object  # `make_forward`
 
     def run_arm(self, arm, steps):
@@ -769,11 +699,10 @@ class Experiment:
 
         Returns: (cluster [N] of each image or None, its agreement with the labels or None).
         """
-        everything = functools.partial(data.batches, self.pool)
         if not steps["distil"]:  # moclr, moclr_flops
-            self.contrast(arm, steps["base"], everything)
+            self.contrast(arm, steps["base"], self.pool)
             return None, None
-        base, spent = self.contrast("base", steps["base"], everything)
+        base, spent = self.contrast("base", steps["base"], self.pool)
         cluster_N, nmi, experts = None, None, []
         if arm in DIVIDES:
             cluster_N, spent = self.divide(arm, base, spent)
@@ -785,54 +714,42 @@ class Experiment:
         self.distil(arm, steps["distil"], base, experts, cluster_N, nmi, spent)
         return cluster_N, nmi
 
-    def keys(self):
-        """Keys for first weights, for steps and for k-means."""
-        return jax.random.split(jax.random.key(self.seed), 3)
+    def keys(self, fold=None):
+        """Keys for first weights, for steps and for k-means. fold: a number that gives the student
+        (0) or expert j (1 + j) keys of its own."""
+        keys = jax.random.split(jax.random.key(self.seed), 3)
+        return keys if fold is None else [jax.random.fold_in(key, fold) for key in keys]
 
-    def contrast(self, name, n_steps, batches, *, start_from=None, spent=None, fold=None,
-                 role="base"):
-        """Trains MoCLR: (state, `train.Totals`).
-
-        batches(**how) yields those of `data.batches`. fold: a number that gives an expert random
-        keys of its own.
-        """
-        config, (key_init, key_steps, _) = self.config, self.keys()
-        if fold is not None:
-            key_init, key_steps = (jax.random.fold_in(key, fold) for key in (key_init, key_steps))
-
-        def load(start):
-            for batch in batches(seed=self.seed, batch_size=config.batch_size, start=start,
-                                 stop=n_steps, host=devices.host()):
-                yield devices.shard({k: batch[k] for k in ("image", "label")})
-
-        state = new_state(key_init, self.model, lars(config.weight_decay), n_steps, start_from)
-        return self._train(name, n_steps, spent, state, self.steps["contrast"], key_steps, load,
-                           role, evaluates=role == "base")
+    def contrast(self, name, n_steps, pool, *, role="base", start_from=None, spent=None, fold=None):
+        """Trains MoCLR on a pool: (state, `train.Totals`). spent: the totals before."""
+        key_init, key_steps, _ = self.keys(fold)
+        state = new_state(key_init, self.model, lars(self.config.weight_decay), n_steps, start_from)
+        flops = {role: contrast_flops(self.config.batch_size, self.model)}
+        return self.train_stage(name, n_steps, pool, state, self.programs["contrast"], key_steps,
+                                flops, spent)
 
     def expert(self, name, n_steps, j, cluster_N, base, spent):
-        """Trains expert j, on cluster j alone: (state, `train.Totals`).
+        """Trains expert j, on cluster j alone, so that every negative is from the same cluster:
+        (state, `train.Totals`).
 
         Experts are trained one after the other, each on all devices: their numbers of steps differ,
-        and batch norm and negatives want the whole batch.
+        and batch norm and the negatives are those of the whole batch.
         """
-        size, b = int((cluster_N == j).sum()), self.config.batch_size
+        ids = self.pool.ids[cluster_N == j]
         if n_steps == 0:
-            logging.warning("%s: %d examples get no step: the base stands in", name, size)
+            logging.warning("%s: %d examples get no step: the base stands in", name, len(ids))
             return base, spent
-        if size < b:
-            logging.warning("%s: %d examples are less than a batch of %d: it is filled by going "
-                            "round", name, size, b)
-        return self.contrast(
-            name, n_steps, functools.partial(expert_batches, self.pool, cluster_N, j), spent=spent,
-            start_from=base if self.config.expert_init == "base" else None, fold=1 + j,
-            role="experts")
+        return self.contrast(name, n_steps, self.pool.subset(ids), role="experts", spent=spent,
+                             start_from=base if self.config.expert_init == "base" else None,
+                             fold=1 + j)
 
     def divide(self, arm, base, spent):
         """(cluster [N] of each image in this arm, `train.Totals`).
 
         k-means clusters the base's representations of the whole images, in evaluation mode and
-        L2-normalised. It runs once, and its clusters are kept in the work directory. Each arm that
-        uses them is charged for it.
+        L2-normalised. It runs once. The clusters are kept in the work directory, with a hash of
+        them and of the weights that made them. Each arm that uses them is charged for them, also
+        dnc_random, which uses their sizes. dnc_oracle gets its groups for nothing.
         """
         config, cluster_N = self.config, None
         if arm != "dnc_oracle":
@@ -856,45 +773,61 @@ class Experiment:
 
     def distil(self, arm, n_steps, base, experts, cluster_N, nmi, spent):
         """Trains the student on base and experts."""
-        config = self.config
-        key_init, key_steps = (jax.random.fold_in(key, 0) for key in self.keys()[:2])
-
-        def load(start):
-            for batch in data.batches(self.pool, seed=self.seed, batch_size=config.batch_size,
-                                      start=start, stop=n_steps, host=devices.host()):
-                if cluster_N is not None:
-                    batch["cluster"] = cluster_N[np.searchsorted(self.pool.ids, batch["id"])]
-                yield devices.shard({k: batch[k] for k in ("image", "cluster") if k in batch})
-
+        config, K = self.config, len(experts)
+        key_init, key_steps, _ = self.keys(0)
         state = new_student(key_init, self.model, lars(config.weight_decay), n_steps,
                             encoder_of(base), [encoder_of(expert) for expert in experts],
                             config.student_init == "base")
-        return self._train(arm, n_steps, spent, state, self.steps["distil", len(experts)],
-                           key_steps, load, "distillation", nmi=nmi)
+        flops = {"distillation": distil_flops(config.batch_size, self.model, K)}
+        self.train_stage(arm, n_steps, self.pool, state, self.programs["distil", K], key_steps,
+                         flops, spent, cluster_N, nmi)
 
-    def _train(self, name, n_steps, spent, state, step, key, load, role, evaluates=True, nmi=None):
-        """(state, `train.Totals`) at the end of a stage."""
+    def train_stage(self, name, n_steps, pool, state, step, key, flops, spent, cluster_N=None,
+                    nmi=None):
+        """Trains a stage, from its last checkpoint to its end: (state, `train.Totals`).
+
+        step: `contrast_step` or `distil_step` as a `devices.pmap`. flops: {role: FLOPs of a step}.
+        If the pool is smaller than a batch, its images repeat within a batch: then copies of an
+        image are among its negatives.
+        """
         b = self.config.batch_size
-        stage = self.run.stage(name, self.seed, n_steps, spent=spent)
 
-        def metrics(state, ends):
-            if not evaluates:
-                return {}
-            got = evaluate(encoder_of(state), self.forward, (self.pool, self.test_pool), b,
-                           self.n_classes, ends)
-            return got | {"nmi": nmi} if ends and nmi is not None else got
-        # 0 while contrasting, where there are no heads
-        n_experts = len(state["learner"]["params"].get("heads", [0])) - 1
-        state = train_stage(stage, state, step, key, load, metrics, trained=b, scored=b,
-                            flops={role: step_flops(role, b, self.model, K=n_experts)})
+        def load(start):
+            for batch in data.batches(pool, seed=self.seed, batch_size=b, start=start, stop=n_steps,
+                                      host=devices.host(), wrap=True):
+                if cluster_N is not None:
+                    batch["cluster"] = cluster_N[np.searchsorted(pool.ids, batch["id"])]
+                yield devices.shard({k: batch[k] for k in ("image", "label", "cluster")
+                                     if k in batch})
+
+        stage = self.run.stage(name, self.seed, n_steps, spent=spent)
+        state = stage.resume(state)
+        for index, batch in stage.batches(load):
+            state, metrics = step(state, index, key, batch)
+            stage.count(metrics, trained=b, scored=b, flops=flops)
+            if stage.evaluates:
+                stage.write({} if "experts" in flops else self.evaluate(state, stage.ends, nmi))
+            stage.save(state)
         return state, stage.totals
 
+    def evaluate(self, state, ends, nmi):
+        """Metrics of the frozen encoder. On the way: nearest neighbours, which are cheap. At the
+        end also the linear probe, the paper's own measure and so the headline."""
+        train, test = (reference.forward_all(encoder_of(state), self.forward, pool,
+                                             self.config.batch_size)[0]
+                       for pool in (self.pool, self.test_pool))
+        metrics = probe.knn_metrics(train, test, self.n_classes)
+        if ends:
+            metrics |= probe.linear_metrics(train, test, self.n_classes)
+            metrics |= {} if nmi is None else {"nmi": nmi}
+        return metrics
 
-def make_steps(config, model, n_classes):
+
+def make_programs(config, model, n_classes):
     """{'contrast', and ('distil', number of experts)}: steps as a `devices.pmap`."""
     shared = dict(model=model, optimiser=lars(config.weight_decay), warmup=config.warmup)
-    views = augment.Views(config.crop_area, config.jitter, tuple(config.blur),
-                          tuple(config.solarise))
+    views = augment.Views(config.crop_area, config.jitter, (config.blur1, config.blur2),
+                          (config.solarise1, config.solarise2))
     # Distillation has one view. BYOL's first view is always blurred, so that single view has the
     # mean probabilities of the two.
     mean = lambda p: (sum(p) / 2,) * 2
@@ -911,49 +844,18 @@ def make_steps(config, model, n_classes):
                for n in (0, config.clusters)}}
 
 
-def new_state(key, model, optimiser, n_steps, start_from=None):
-    """State of `contrast_step`, from scratch or from the parameters and statistics of another."""
-    params, stats = (start_from["learner"]["params"], start_from["stats"]) if start_from else init(
-        key, model)
-    return {"learner": {"params": params, "opt": optimiser.init(params)}, "stats": stats,
-            "target": params, "total": np.int32(n_steps)}
-
-
-def new_student(key, model, optimiser, n_steps, base, experts=(), from_base=False):
-    """State of `distil_step`. The frozen teachers are part of it."""
-    params, stats = student_init(key, model, len(experts))
-    if from_base:
-        params["encoder"], stats["encoder"] = base["params"], base["stats"]
-    teachers = {"base": base}
-    if experts:
-        teachers["experts"] = jax.tree.map(lambda *x: np.stack(x), *experts)
-    return {"learner": {"params": params, "opt": optimiser.init(params)}, "stats": stats,
-            "total": np.int32(n_steps), **teachers}
-
-
 # --------------------------------------------------------------------------------------- main
 
 
 def check(config):
-    """Raises ValueError, naming the flag, for flags that do not go together, whatever the data.
-    Also turns --blur and --solarise into lists of numbers, in place."""
+    """Raises ValueError, naming the flag, for flags that do not go together, whatever the data."""
     require = functools.partial(flags.require, config)
     flags.require_arms(config, ARMS)
     require(config.kmeans_examples >= config.clusters, "kmeans_examples",
             f"at least one for each of {config.clusters} clusters")
-    for flag in ("blur", "solarise"):
-        try:
-            config[flag] = [float(p) for p in config[flag]]
-        except ValueError:
-            config[flag] = []
-        require(len(config[flag]) == 2 and all(0 <= p <= 1 for p in config[flag]), flag,
-                "two probabilities, of the first view and the second")
-    parts = [config.base_fraction, config.experts_fraction, config.distil_fraction]
-    if abs(sum(parts) - 1) > 1e-6:
-        raise ValueError(f"--base_fraction, --experts_fraction, --distil_fraction: {parts}: want "
-                         "three fractions that add up to 1")
-    require(min(plan("dnc", config.steps, parts).values()) >= 1, "steps",
-            "at least one for each stage")
+    parts = plan("dnc", config.steps, (config.base_fraction, config.experts_fraction))
+    require(min(parts.values()) >= 1, "steps", "at least one for each stage, as --base_fraction "
+            "and --experts_fraction divide them")
     devices.divides(batch_size=config.batch_size)
     try:
         resnet.size(config.model)
@@ -962,7 +864,8 @@ def check(config):
 
 
 def check_data(config, source, N):
-    """The same for what depends on the data; N is the size of a training pool."""
+    """Raises ValueError, naming the flag, for flags that do not fit the data. N: the size of a
+    training pool."""
     side, _, channels = source.image_shape
     if side < 8 or channels not in (1, 3):
         raise ValueError(f"--image_size: images of {side} px in {channels} channels: want 8 px or "
@@ -993,6 +896,7 @@ def main():
     source, test_source = data.open_splits(config, need=("label",),
                                            toy_image_size=TOY["image_size"])
     b, n_classes = config.batch_size, len(source.class_names)
+    # decodes the pool once; the labels are only for reports and for dnc_oracle
     labels = np.concatenate([x["label"][x["valid"]] for x in data.sweep(data.Pool(source), b)])
     pools = {seed: training_pool(source, labels, seed, config.class_cap) for seed in config.seeds}
     N = len(pools[config.seeds[0]][0])  # for each seed the same
@@ -1001,14 +905,14 @@ def main():
                   config.hidden, config.embed, config.head_hidden)
     steps_of = budget(config, model, N)
     run = train.Run(config, {"split": source.fingerprint, "eval_split": test_source.fingerprint})
-    shared = dict(model=model, test_pool=data.Pool(test_source), n_classes=n_classes,
-                  steps=make_steps(config, model, n_classes), forward=make_forward(model))
+    test_pool, forward = data.Pool(test_source), make_forward(model)
+    programs = make_programs(config, model, n_classes)
 
     shown = None
     for seed in config.seeds:
         pool, label_N = pools[seed]
-        experiment = Experiment(config=config, run=run, seed=seed, pool=pool, label_N=label_N,
-                                **shared)
+        experiment = Experiment(config, run, seed, model, pool, label_N, test_pool, n_classes,
+                                programs, forward)
         for arm in config.arms:
             cluster_N, nmi = experiment.run_arm(arm, steps_of[arm])
             if cluster_N is not None and (shown is None or arm == "dnc"):
@@ -1017,8 +921,8 @@ def main():
     if jax.process_index() == 0:
         report.conclude(config.workdir, clusters=shown)
         print("", batches_seen(run.metrics.rows()), sep="\n")
-        if source.image_shape[0] <= 32:  # on larger images this is a probe of a million inputs
-            got = probe.linear_metrics(pixels(pool, b), pixels(shared["test_pool"], b), n_classes)
+        if source.image_shape[0] <= 32:  # at 224 px it would have 150,528 inputs
+            got = probe.linear_metrics(pixels(pool, b), pixels(test_pool, b), n_classes)
             print("linear probe on pixels:", ", ".join(f"{k} {v:.3f}" for k, v in got.items()
                                                        if v is not None))
         if config.dataset == "toy":

@@ -1,25 +1,25 @@
 """JEST: Data Curation via Joint Example Selection (Evans et al., 2406.17711), and Flexi-JEST.
 
-Contrastive learning of images and texts. The pairs of a batch are each other's negatives, so a
-batch is worth more than the sum of its examples. JEST therefore chooses a batch jointly. Per step
+Contrastive learning of images and texts. The pairs of a batch are each other's negatives, so what a
+pair is worth depends on the others of its batch. JEST therefore chooses a batch jointly. Per step
   1. draw a super-batch of B = b / (1 - f) pairs uniformly                    `data.batches`
   2. embed it with the learner, and with a frozen reference                   `embed`
   3. S[i,j] = loss of pair (i,j) under the learner - under the reference      `score_matrix`
   4. draw a sub-batch T of b pairs in chunks. Candidate i, not in T, is drawn with probability
      softmax(gain * (S[i,i] + sum over j in T of S[i,j] + S[j,i]))            `jointly_sample`
-  5. update the learner on T, with the ordinary contrastive loss              `update`
-`score_matrix` and `jointly_sample_dense` are 3 and 4 as printed. They are there to be read, and the
-tests hold `jointly_sample` to their picks. With the softmax loss 3 and 4 are
+  5. update the learner on T by the ordinary contrastive loss, unweighted     `update`
+`score_matrix` and `jointly_sample_dense` are 3 and 4 in the paper's form. They are there to be
+read; `jointly_sample` makes the same picks. With the softmax loss 3 and 4 are
 `jointly_sample_softmax` (Algorithm 3). Flexi-JEST scores with coarser patches, and trains half of T
 with them (`at_patch`, `embed_flexi`). `step_flops` counts the FLOPs of a step.
 
-The reference is trained before the learner, on a small curated part of the pool (`frozen_reference`
-in `main`), or it is a published SigLIP. Its embeddings of the pool are computed once and kept in a
-file (`embed_pool`).
+The reference is trained before the learner, on a small curated part of the pool or on another data
+set (`frozen_reference` in `main`), or it is loaded: a checkpoint, or a published SigLIP. By default
+its embeddings of the pool are computed once and kept in a file (`embed_pool`).
 
-Dimension letters: B super-batch, N a device's share of it, S sub-batch (b), C chunk, K chunks,
-A all rows of a batch on all devices, E embedding, P patch side, D width, H W image. T is the
-sub-batch so far; as a dimension, tokens.
+Dimension letters: B super-batch, N a device's share of it, S sub-batch (b) or a device's share of
+it, C chunk (in class_CE: classes), A all rows of a batch on all devices, E embedding, P patch side,
+D width, H W image. T is the sub-batch so far; as a dimension, tokens.
 
 A minute on two CPU cores:  python jest.py
 The measurements:           python jest.py --preset=toy_100k; all commands are in docs/results.md
@@ -43,9 +43,12 @@ from common.devices import AXIS
 
 SELECTS = ("independent", "jest", "flexi_jest")
 METHODS = ("uniform", *SELECTS, "curated")  # curated: the learner on the curated part alone
-# score -> the sign of each model's loss in it: loss under the learner - loss under the reference
+# score -> the sign of each model's loss in it (section 3.1)
 SCORES = {"learnability": {"learner": 1, "reference": -1}, "easy_reference": {"reference": -1},
           "hard_learner": {"learner": 1}}
+# arm -> (method, score); a method that selects does so by learnability if its name says no other
+ARMS = {m: (m, "learnability") for m in METHODS} | {
+    f"{m}_{score}": (m, score) for m in SELECTS for score in SCORES}
 TOY = {"image_size": 16, "examples": 50_000, "tail": 0.0, "radius": 0.4, "domains": 0}
 TOY_NOISE = {"caption_noise": 0.8}
 
@@ -57,7 +60,7 @@ PRESETS = {
         reference_model="32/1/128/2", curated_fraction=0.01, filter_ratio=0.9, steps=5000,
         active_steps=1000, reference_steps=600, eval_every=50, learning_rate=2.5e-4,
         active_learning_rate=2e-3),
-    # The paper's models and optimiser (A.1) on generated images. Its run also has
+    # The paper's models and optimiser (A.1) on generated images. The paper's run also has
     # --batch_size=32768 --steps=91553 (3e9 pairs), a 32k sentencepiece --tokenizer (bytes cut
     # captions short) and a --reference_dataset of about 1e8 curated pairs.
     "siglip_B": dict(
@@ -73,33 +76,36 @@ PRESETS = {
 def define_flags():
     f = flags.Group("Method")
     f.names("arms", ["uniform", "jest", "flexi_jest", "curated"], f"of {', '.join(METHODS)}; those "
-            "that select also with _easy_reference or _hard_learner behind the name (plain: "
-            "learnability). The first is the baseline. curated is the control that decides for a "
-            "user: the learner's towers, trained on the reference's curated part alone")
+            "that select also with _easy_reference or _hard_learner at the end of the name (else: "
+            "learnability). The first is the baseline. curated is a control: the learner, trained "
+            "on the reference's curated part alone. Selection pays only if it beats that")
     f.number("filter_ratio", 0.8, "[0, 1)", "f = 1 - b/B: part of the super-batch that is left out")
     f.integer("n_chunks", 8, "[1, inf)", "chunks in which jest draws its sub-batch (paper: 16)")
     f.number("score_gain", 100.0, "(0, inf)", "multiplies the scores before a chunk is drawn from "
              "their softmax (Algorithm 2 prints 100, close to greedy); 1 / temperature")
     f.number("curated_fraction", 0.02, "(0, 1)", "part of the pool that is set apart to train the "
              "reference")
-    f.number("reference_noise", 0.0, "[-1, 1]", "caption noise of the curated part; -1: the pool's")
+    f.number("reference_noise", 0.0, "[-1, 1]", "caption noise of the curated part; -1: the "
+             "pool's, or none in --reference_dataset")
     f.text("reference_dataset", None, "train the reference on all of another data set instead")
     f.text("reference", "curated", "'curated': trained first, on the curated part or on "
-           "--reference_dataset; or the checkpoint directory of such a stage ('{seed}' is filled "
-           "in); or published SigLIP weights: a .npz file (big_vision's), a .safetensors file "
-           "(Hugging Face's), or the directory with the latter and its config.json")
+           "--reference_dataset; or the checkpoint directory of such a stage, in which '{seed}' "
+           "stands for the seed; or published SigLIP weights, with which no part is set apart: a "
+           ".npz file (big_vision's), a .safetensors file (Hugging Face's), or the directory with "
+           "the latter and its config.json")
     f.text("reference_tokenizer", None, "published weights: their sentencepiece model file")
     f.integer("reference_image_size", 0, "[0, inf)", "published weights: side in pixels of the "
               "images that they see; 0: that of the file")
-    f.choice("reference_scores", "cached", ["cached", "computed"], "embed the pool once, by "
-             "example id, or each super-batch as it comes")
-    f.integer("low_patch", 16, "[1, inf)", "patch at which flexi_jest scores, and trains a half "
-              "(paper: 32)")
-    f.switch("cotrain", True, "flexi_jest trains half of the sub-batch at --low_patch")
+    f.choice("reference_scores", "cached", ["cached", "computed"], "'cached': embed the pool "
+             "once; 'computed': embed each super-batch in its step")
+    f.integer("low_patch", 16, "[1, inf)", "patch at which flexi_jest scores, and at which it "
+              "trains half of its sub-batch (paper: 32)")
+    f.switch("cotrain", True, "flexi_jest trains half of its sub-batch at --low_patch; off: all "
+             "of it at --patch")
 
     f = flags.Group("Models")
-    f.choice("loss", "sigmoid", ["sigmoid", "softmax"], "contrastive loss (eq 1 softmax, eq 2 "
-             "sigmoid)")
+    f.choice("loss", "sigmoid", ["sigmoid", "softmax"], "contrastive loss: sigmoid (eq 2) or "
+             "softmax (eq 1)")
     f.text("model", "64/1/256/4", "size of both towers: " + ", ".join(vit.SIZES)
            + ", or width/depth/mlp/heads")
     f.text("reference_model", "", "size of the reference's towers; empty: --model")
@@ -120,12 +126,12 @@ def define_flags():
               "curated; 0: as many as --steps")
     f.integer("batch_size", 128, "[1, inf)", "b: pairs per update")
     f.number("learning_rate", 1e-3, "(0, inf)", "peak, of Adam; linear warm-up, cosine to 0")
-    f.number("active_learning_rate", 3e-3, "[0, inf)", "peak in the arms that select. Where most "
-             "captions are wrong, uniform is best at a lower one; 0: --learning_rate")
+    f.number("active_learning_rate", 3e-3, "[0, inf)", "peak, in the arms that select; 0: "
+             "--learning_rate. Where most captions are wrong, uniform needs a lower peak than they")
     f.number("reference_learning_rate", 3e-3, "(0, inf)", "peak, of the reference and of the arm "
              "curated")
-    f.number("weight_decay", 1e-4, "[0, inf)", "fraction of the weights of linear maps that a step "
-             "subtracts: times the schedule (1 at its peak), not times the learning rate")
+    f.number("weight_decay", 1e-4, "[0, inf)", "a step subtracts this fraction of the weights of "
+             "linear maps, times the schedule (1 at its peak) and not times the learning rate")
     f.number("beta2", 0.95, "[0, 1)", "of Adam")
     f.number("clip_norm", 1.0, "(0, inf)", "gradients are scaled down to this global norm")
     f.number("warmup", 0.05, "[0, 1)", "fraction of the steps (paper: 0.01)")
@@ -234,25 +240,24 @@ def sigmoid_loss(x_SE, y_AE, own_S, log_t, b):
     return -jax.nn.log_sigmoid(label_SA * logits_SA).sum(1).mean()
 
 
-# ------------------------------------------- joint selection (Algorithm 1), as it is printed
+# ------------------------------------ joint selection (Algorithm 1), with the B x B matrix
 
 
-def score_matrix(kind, learner, reference):
-    """S [B, B], image i, text j: the sigmoid loss of each pair under each model, by the model's own
-    t and b, summed with the signs of SCORES[kind] (learnability: learner - reference)."""
+def score_matrix(kind, models):
+    """S [B, B] of image i and text j: the sigmoid loss of the pair under each model, by that
+    model's own t and b, added with the signs of SCORES[kind]. models: see `jointly_sample`."""
     def losses(embeddings):
         t, b = jnp.exp(embeddings["log_t"]), embeddings["b"]
         logits_BB = t * jnp.einsum("ie,je->ij", embeddings["image"], embeddings["text"],
                                    precision="highest") + b
         label_BB = 2 * jnp.eye(len(logits_BB)) - 1
         return -jax.nn.log_sigmoid(label_BB * logits_BB)
-    models = {"learner": learner, "reference": reference}
     return sum(sign * losses(models[name]) for name, sign in SCORES[kind].items())
 
 
 def jointly_sample_dense(key, score_BB, n_select, n_chunks=16, *, score_gain=100.0):
     """Algorithm 1 on the whole matrix S, written to be read. `jointly_sample` makes the same picks
-    without the matrix and is tested against this.
+    without the matrix. The tests hold both to a slow form in float64.
 
     The first chunk is drawn by the self-scores S[i,i], as section 3.2 says. (The printed
     pseudo-code draws it uniformly.) All members of a chunk are drawn from the same logits, so none
@@ -268,8 +273,8 @@ def jointly_sample_dense(key, score_BB, n_select, n_chunks=16, *, score_gain=100
     drawn_B = jnp.zeros(len(score_BB))  # 1 for the members of T
     picks = []
     for k, size in enumerate(chunk_sizes(n_select, n_chunks)):
-        # Sums over T as two matrix-vector products. Do not write them as masked sums over the two
-        # axes: jaxlib 0.10.2 on a CPU fuses those under jit(vmap) and adds up wrongly.
+        # Sums over T, as matrix-vector products: masked sums over the two axes are added up wrongly
+        # under jit(vmap) on a CPU (jaxlib 0.10.2).
         score_B = jnp.diag(score_BB) + dot(score_BB, drawn_B) + dot(drawn_B, score_BB)
         pick_C = draw(jax.random.fold_in(key, k), score_gain * score_B, drawn_B > 0, size)
         drawn_B = drawn_B.at[pick_C].set(1)
@@ -292,7 +297,7 @@ def draw(key, logits_B, taken_B, size):
     at a gain of 100 would overflow. Candidates in `taken_B` are never drawn; at least `size` others
     must be left. A logit that is NaN is drawn last, where top_k would take it first.
     """
-    logits_B = jnp.nan_to_num(logits_B.astype(jnp.float32), nan=-1e30, posinf=1e30, neginf=-1e30)
+    logits_B = jnp.nan_to_num(logits_B.astype(jnp.float32), nan=-1e30)
     logits_B += jax.random.gumbel(key, logits_B.shape)
     return jax.lax.top_k(jnp.where(taken_B, -jnp.inf, logits_B), size)[1]
 
@@ -300,14 +305,15 @@ def draw(key, logits_B, taken_B, size):
 # ------------------------------------------------- joint selection, without a B x B matrix
 
 
-def jointly_sample(key, learner, reference, n_select, n_chunks=16, *, kind="learnability",
-                   score_gain=100.0, axis=None, tile=2048):
+def jointly_sample(key, models, n_select, n_chunks=16, *, kind="learnability", score_gain=100.0,
+                   axis=None, tile=2048):
     """Algorithm 1 (sigmoid loss) in memory of order B: the picks of `jointly_sample_dense`.
 
     At the paper's B = 163,840 the matrix S would take 107 GB. It is never made. Each candidate
     keeps one running sum, S[i,i] + sum over j in T of S[i,j] + S[j,i]. It starts at S[i,i]. After a
     chunk is drawn, the terms with that chunk are computed from the embeddings, `tile` candidates at
-    a time, and added: 4 b B E FLOPs for each model in all.
+    a time, and added: 4 b B E FLOPs for each model in all. With one chunk every pair is drawn by
+    its own score: that is independent selection.
 
     Inside `pmap`, `axis` names the mapped axis. Each of n devices keeps the sums of its own
     N = B / n candidates. The logits are gathered and `key` is the same on every device, so all of
@@ -315,33 +321,26 @@ def jointly_sample(key, learner, reference, n_select, n_chunks=16, *, kind="lear
     algorithm.
 
     Args:
-      learner, reference: embeddings (see `embed`) of the candidates. The model that `kind` does not
-        use may be None.
+      models: {'learner', 'reference'} -> embeddings (see `embed`) of the candidates, as far as the
+        score `kind` uses them.
       n_select, n_chunks: needs n_chunks <= n_select = b <= B.
       kind: one of SCORES.
 
     Returns: indices [n_select] into the B candidates, in the order drawn.
     """
-    models = models_of(kind, learner, reference)
-
-    def add_chunk(score_N, chunk, used_C):
+    def add_chunk(score_N, _, chunk):
         for name, sign in SCORES[kind].items():
-            score_N += sign * negative_terms(models[name], chunk[name], used_C, tile)
-        return score_N
+            # softplus(z) = -log sigmoid(-z) is the loss of a negative pair of logit z
+            loss = lambda logits_C: jax.nn.softplus(logits_C + models[name]["b"]).sum()
+            score_N += sign * sum(over_chunk(loss, models[name], chunk[name], tile))
+        return score_N, None
 
-    return draw_in_chunks(
-        key, models, n_select, n_chunks, self_score(kind, learner, reference, "sigmoid"),
-        lambda k, score_N: score_N, add_chunk, score_gain=score_gain, axis=axis)
-
-
-def models_of(kind, learner, reference):
-    """{name: embeddings} of the models that the score `kind` is made of."""
-    return {name: {"learner": learner, "reference": reference}[name] for name in SCORES[kind]}
+    return draw_in_chunks(key, models, n_select, n_chunks, self_score(kind, models, "sigmoid"),
+                          add_chunk, score_gain=score_gain, axis=axis)
 
 
-def self_score(kind, learner, reference, loss):
+def self_score(kind, models, loss):
     """S[i,i] [N]: the score of each pair by itself."""
-    models = models_of(kind, learner, reference)
     return sum(sign * positive_term(models[name], loss) for name, sign in SCORES[kind].items())
 
 
@@ -353,68 +352,45 @@ def positive_term(embeddings, loss):
     return jax.nn.softplus(-logits_N - embeddings["b"]) if loss == "sigmoid" else -logits_N
 
 
-def negative_terms(embeddings, chunk, used_C, tile):
-    """Sum over the members j of a chunk of l[i,j] + l[j,i] under one model, [N]. Candidate i is not
-    among them, so every such pair is a negative."""
-    t, b = jnp.exp(embeddings["log_t"]), embeddings["b"]
-    return (sum_of_softplus(embeddings["image"], chunk["text"], t, b, used_C, tile)
-            + sum_of_softplus(embeddings["text"], chunk["image"], t, b, used_C, tile))
-
-
-def sum_of_softplus(x_NE, y_CE, t, b, used_C, tile):
-    """For each row x_i the sum over the used rows y_j of softplus(t x_i.y_j + b), [N].
-
-    softplus(z) = -log sigmoid(-z) is the loss of a negative pair of logit z.
-    """
-    def of_row(x_E):
+def over_chunk(reduce, embeddings, chunk, tile):
+    """`reduce` over the members j of a chunk, for each candidate i under one model, [N]: of
+    t image_i.text_j, and of t text_i.image_j. No candidate that is still left is a member, so all
+    of these pairs are negatives."""
+    def of_rows(x_NE, y_CE):
         # full precision: the gain turns an error of 0.001 in a score into one of 0.1 in a logit
-        logits_C = t * jnp.einsum("ce,e->c", y_CE, x_E, precision="highest") + b
-        return jax.nn.softplus(logits_C).sum(where=used_C)
-    return jax.lax.map(of_row, x_NE, batch_size=tile)  # one matrix product for each tile of rows
+        logits_C = lambda x_E: jnp.exp(embeddings["log_t"]) * jnp.einsum(
+            "ce,e->c", y_CE, x_E, precision="highest")
+        # one matrix product for each tile of rows
+        return jax.lax.map(lambda x_E: reduce(logits_C(x_E)), x_NE, batch_size=tile)
+    return of_rows(embeddings["image"], chunk["text"]), of_rows(embeddings["text"], chunk["image"])
 
 
-def draw_in_chunks(key, models, n_select, n_chunks, state, score_of, add_chunk, *, score_gain,
-                   axis):
+def draw_in_chunks(key, models, n_select, n_chunks, score_N, add_chunk, *, score_gain, axis):
     """The loop that the sigmoid and the softmax sampler share. Returns indices [n_select].
 
     Args:
-      models: `models_of`.
-      state: what the sampler has summed over the pairs drawn so far. At first T is empty.
-      score_of: (k, state) -> the conditional scores [N] by which chunk k is drawn.
-      add_chunk: (state, chunk, used_C) -> the state once a chunk is drawn. chunk has the chunk's
-        embeddings by each model, {name: {'image', 'text'}} [C, E].
-
-    Every turn draws C pairs, as many as the largest chunk has, because a loop needs the same shapes
-    in all turns. If a chunk is one pair short, used_C is False at its last pick. That pick is left
-    out of the sums and stays a candidate.
+      score_N: the scores by which the first chunk is drawn.
+      add_chunk: (score_N, sums, chunk) -> (score_N, sums) once a chunk is drawn. chunk has the
+        chunk's embeddings by each model, {name: {'image', 'text'}} [C, E]. sums is what a sampler
+        keeps besides the scores; at first it is None.
     """
-    sizes = np.array(chunk_sizes(n_select, n_chunks))
-    C = sizes.max()
-    used_KC = np.arange(C) < sizes[:, None]
     everyone = {name: {k: gather(embeddings[k], axis) for k in ("image", "text")}
                 for name, embeddings in models.items()}
-    n_candidates = len(next(iter(everyone.values()))["image"])
-
-    def pick(k, state, taken_B):
-        logits_B = gather(score_gain * score_of(k, state), axis)
-        return draw(jax.random.fold_in(key, k), logits_B, taken_B, C)
-
-    def turn(carry, inputs):
-        (state, taken_B), (k, used_C) = carry, inputs
-        pick_C = pick(k, state, taken_B)
-        chunk = jax.tree.map(lambda x_BE: x_BE[pick_C], everyone)
-        return (add_chunk(state, chunk, used_C), taken_B.at[pick_C].set(used_C)), pick_C
-
-    carry = state, jnp.zeros(n_candidates, bool)
-    carry, pick_KC = jax.lax.scan(turn, carry, (np.arange(n_chunks - 1), used_KC[:-1]))
-    last_C = pick(n_chunks - 1, *carry)  # nothing is drawn after the last chunk: no need to add it
-    return jnp.concatenate([pick_KC, last_C[None]])[np.nonzero(used_KC)]
+    picks, taken_B, sums = [], jnp.zeros(len(gather(score_N, axis)), bool), None
+    for k, size in enumerate(chunk_sizes(n_select, n_chunks)):
+        if k:  # the last chunk is never added: nothing is drawn after it
+            chunk = jax.tree.map(lambda x_BE: x_BE[picks[-1]], everyone)
+            score_N, sums = add_chunk(score_N, sums, chunk)
+        logits_B = gather(score_gain * score_N, axis)
+        picks.append(draw(jax.random.fold_in(key, k), logits_B, taken_B, size))
+        taken_B = taken_B.at[picks[-1]].set(True)
+    return jnp.concatenate(picks)
 
 
 # ------------------------------------------------- joint selection, softmax loss (Algorithm 3)
 
 
-def jointly_sample_softmax(key, learner, reference, n_select, n_chunks=16, *, kind="learnability",
+def jointly_sample_softmax(key, models, n_select, n_chunks=16, *, kind="learnability",
                            score_gain=100.0, axis=None, tile=2048):
     """Algorithm 3: joint selection by the softmax loss. Arguments and result as `jointly_sample`.
 
@@ -428,50 +404,20 @@ def jointly_sample_softmax(key, learner, reference, n_select, n_chunks=16, *, ki
     The sampler keeps the two logarithms for each model and candidate. After a chunk is drawn it
     adds the chunk's members to them: log(exp(old) + exp(new)).
     """
-    models = models_of(kind, learner, reference)
-    self_N = self_score(kind, learner, reference, "softmax")
-    empty_sum_N = jnp.full_like(self_N, -jnp.inf)
+    self_N = self_score(kind, models, "softmax")
 
-    def score_of(k, log_sums):
-        negative_N = sum(sign * (log_sums[name]["texts"] + log_sums[name]["images"]) / 2
-                         for name, sign in SCORES[kind].items())
-        return self_N + jnp.where(k == 0, 0.0, negative_N)  # at k = 0, inf - inf
+    def add_chunk(_, log_sums, chunk):
+        new = {name: over_chunk(jax.nn.logsumexp, models[name], chunk[name], tile)
+               for name in SCORES[kind]}
+        log_sums = jax.tree.map(jnp.logaddexp, log_sums, new) if log_sums else new
+        negative_N = sum(sign * sum(log_sums[name]) / 2 for name, sign in SCORES[kind].items())
+        return self_N + negative_N, log_sums
 
-    def add_chunk(log_sums, chunk, used_C):
-        new = {name: log_sums_over(models[name], chunk[name], used_C, tile) for name in models}
-        return jax.tree.map(jnp.logaddexp, log_sums, new)
-
-    return draw_in_chunks(
-        key, models, n_select, n_chunks,
-        {name: {"texts": empty_sum_N, "images": empty_sum_N} for name in models},
-        score_of, add_chunk, score_gain=score_gain, axis=axis)
-
-
-def log_sums_over(embeddings, chunk, used_C, tile):
-    """For each candidate i the logarithm of the sum over the chunk's members j of exp(logit), [N]:
-    'texts' by the logits of image i and text j, 'images' by those of text i and image j."""
-    t = jnp.exp(embeddings["log_t"])
-    return {"texts": log_sum_exp(embeddings["image"], chunk["text"], t, used_C, tile),
-            "images": log_sum_exp(embeddings["text"], chunk["image"], t, used_C, tile)}
-
-
-def log_sum_exp(x_NE, y_CE, t, used_C, tile):
-    """For each row x_i the logarithm of the sum over the used rows y_j of exp(t x_i.y_j), [N]."""
-    def of_row(x_E):
-        logits_C = t * jnp.einsum("ce,e->c", y_CE, x_E, precision="highest")
-        return jax.nn.logsumexp(logits_C, where=used_C)
-    return jax.lax.map(of_row, x_NE, batch_size=tile)
+    return draw_in_chunks(key, models, n_select, n_chunks, self_N, add_chunk,
+                          score_gain=score_gain, axis=axis)
 
 
 SAMPLERS = {"sigmoid": jointly_sample, "softmax": jointly_sample_softmax}  # by the loss
-
-
-def independently_sample(key, learner, reference, n_select, *, kind="learnability", loss="sigmoid",
-                         score_gain=100.0, axis=None):
-    """Indices [n_select], each pair drawn by its own score S[i,i], which is the first chunk of the
-    joint samplers. Arguments as theirs."""
-    logits_B = gather(score_gain * self_score(kind, learner, reference, loss), axis)
-    return draw(jax.random.fold_in(key, 0), logits_B, jnp.zeros(len(logits_B), bool), n_select)
 
 
 # ----------------------------------------------------------- Flexi-JEST (FlexiViT, 2212.08013)
@@ -508,8 +454,8 @@ def pi_resize(old, new):
 
     A patch x and a kernel w give the token <x, w>. The resized patch R x and the kernel
     w' = pinv(R^T) w give the same token, exactly if new >= old and in the least-squares sense
-    otherwise. Resizing an image treats its two axes alike and one after the other. So does the
-    pseudo-inverse, which is why this matrix is all that is needed.
+    otherwise. An image is resized along one axis and then along the other, by the same R. The
+    pseudo-inverse splits in the same way, so this one matrix serves both axes.
     """
     place = (np.arange(new) + 0.5) * old / new - 0.5
     low = np.floor(place).astype(int)
@@ -578,7 +524,8 @@ def update(state, batch, model, optimiser, low_patch=0):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """The settings of one arm that `train_step` needs. The flags of the same names explain them."""
+    """The settings of one arm that `train_step` needs. The flags of the same names explain them
+    (name and kind: --arms)."""
     name: str  # one of METHODS
     kind: str  # one of SCORES
     batch_size: int  # b, on all devices together
@@ -589,30 +536,30 @@ class Method:
 
 
 def embed_both(state, batch_N, method, model, reference_model, *, low_patch=0):
-    """(learner, reference): the embeddings that the score needs; None for a model that it does not
-    use. With `low_patch` the learner sees coarse patches. The reference's embeddings are taken from
-    the batch if they are cached there."""
-    learner = reference = None
+    """{'learner', 'reference'} -> the embeddings, as far as the score needs them. With `low_patch`
+    the learner sees coarse patches. The reference's embeddings are taken from the batch if they are
+    cached there."""
+    models = {}
     if "learner" in SCORES[method.kind]:
         params = state["learner"]["params"]
         if low_patch:
             params, model = at_patch(params, model, low_patch)
-        learner = embed(params, batch_N, model)
-    if "reference" in SCORES[method.kind]:
-        if "reference_image" in batch_N:
-            reference = {"image": batch_N["reference_image"], "text": batch_N["reference_text"],
-                         **logit_scale_and_bias(state["reference"])}
-        else:
-            reference = embed(state["reference"], batch_N, reference_model)
-    return jax.lax.stop_gradient((learner, reference))
+        models["learner"] = embed(params, batch_N, model)
+    if "reference_image" in batch_N:
+        models["reference"] = {"image": batch_N["reference_image"],
+                               "text": batch_N["reference_text"],
+                               **logit_scale_and_bias(state["reference"])}
+    elif "reference" in SCORES[method.kind]:
+        models["reference"] = embed(state["reference"], batch_N, reference_model)
+    return models
 
 
 def train_step(state, index, key, batch_N, *, method, model, reference_model, optimiser):
     """One iteration of JEST or Flexi-JEST (Algorithm 2), or of a baseline, inside `pmap`.
 
     Args:
-      state: {'learner': {'params', 'opt'}, 'reference': its params, or only its t and b where its
-        embeddings are cached}.
+      state: {'learner': {'params', 'opt'}}, and where the score uses it 'reference': its params,
+        or only its 'log_t' and 'b' where its embeddings are cached.
       index: of the step, from 0.
       batch_N: this device's share of the super-batch. For 'uniform', of the b pairs, all of which
         it trains on. 'image' uint8 [N, H, W, channels], 'tokens' [N, T]; 'reference_image' and
@@ -621,34 +568,30 @@ def train_step(state, index, key, batch_N, *, method, model, reference_model, op
 
     Returns: (state, metrics).
     """
-    key_select = jax.random.fold_in(key, index)
     truth_B = {k: gather(v, AXIS) for k, v in batch_N.items() if v.dtype == bool}
     batch_S = {k: batch_N[k] for k in ("image", "tokens")}
     pick_S, state, metrics = jnp.arange(method.batch_size), dict(state), {}
     if method.name != "uniform":
-        learner, reference = embed_both(state, batch_N, method, model, reference_model,
-                                        low_patch=method.low_patch)
-        pick_S = select(key_select, learner, reference, method, model.loss)
-        # Restore the super-batch's order, which is random. flexi_jest halves T by taking every
-        # second row. In the order of the draw that would be no random half.
-        pick_S = jnp.sort(pick_S)
+        models = embed_both(state, batch_N, method, model, reference_model,
+                            low_patch=method.low_patch)
+        # In the super-batch's order, which is random: flexi_jest takes every second row, and in the
+        # order of the draw that would be no random half.
+        pick_S = jnp.sort(select(jax.random.fold_in(key, index), models, method, model.loss))
         batch_S = {k: devices.take(v, pick_S) for k, v in batch_S.items()}
-        metrics = {"pick": pick_S}
-    state["learner"], loss = update(state["learner"], batch_S, model, optimiser,
-                                    method.low_patch if method.cotrain else 0)
-    metrics["loss"] = loss
+        metrics["pick"] = pick_S
+    state["learner"], metrics["loss"] = update(state["learner"], batch_S, model, optimiser,
+                                               method.low_patch if method.cotrain else 0)
     for k, v_B in truth_B.items():
         metrics |= {f"picked_{k}": v_B[pick_S].mean(), f"pool_{k}": v_B.mean()}
     return state, metrics
 
 
-def select(key, learner, reference, method, loss):
-    """The b picks of an arm that selects, in the order drawn; inside `pmap`."""
-    settings = dict(kind=method.kind, score_gain=method.score_gain, axis=AXIS)
-    if method.name == "independent":
-        return independently_sample(key, learner, reference, method.batch_size, loss=loss,
-                                    **settings)
-    return SAMPLERS[loss](key, learner, reference, method.batch_size, method.n_chunks, **settings)
+def select(key, models, method, loss):
+    """The b picks of an arm that selects, in the order drawn; inside `pmap`. Independent selection
+    is one chunk, which is drawn by the self-scores."""
+    n_chunks = 1 if method.name == "independent" else method.n_chunks
+    return SAMPLERS[loss](key, models, method.batch_size, n_chunks, kind=method.kind,
+                          score_gain=method.score_gain, axis=AXIS)
 
 
 def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chunks=16, embed=64,
@@ -661,9 +604,9 @@ def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chun
       either one without cached reference embeddings                r / 3 more       400, 433 %
       flexi_jest with A = F_low / F = 0.25                          (1 + A) / 2 + r A / 3  104 %
       flexi_jest with A = 0.28, the paper's                         111 %, which it prints as 110
-    This code runs the forward again. `reuse` bills as if it did not; flexi_jest cannot reuse it,
-    since half of the picked pairs are trained at another resolution. A is computed from the two
-    models, never quoted: 0.28 holds for 16 text tokens, with 64 it is 0.39.
+    This code runs the forward again. `reuse` bills as if it did not; for flexi_jest it changes
+    nothing, since the paper's bill reuses nothing there. A is computed from the two models, never
+    quoted: 0.28 holds for 16 text tokens, with 64 it is 0.39.
 
     Args:
       F, F_low: `forward_flops` of the learner at its full and at its coarse patch.
@@ -685,11 +628,11 @@ def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chun
 
 
 def sampler_flops(kind, b, B, n_chunks, embed, embed_reference=0):
-    """FLOPs of `jointly_sample`.
+    """FLOPs of a sampler.
 
-    For each model: the B self-scores, and two [B, C] blocks a chunk, except the last. An element
-    costs 2 E for its product and 5 for scale, shift, softplus and sum. Each chunk costs every
-    candidate noise, a mask and about log2(B) comparisons.
+    For each model: B self-scores, and two blocks [B, C] for each chunk but the last. An element
+    costs 2 E for its product and 5 for scale, shift, softplus and sum. For each chunk, every
+    candidate costs noise, a mask and about log2(B) comparisons.
     """
     added = b - chunk_sizes(b, n_chunks)[-1]
     width = {"learner": embed, "reference": embed_reference or embed}
@@ -752,9 +695,9 @@ def diagnose(state, key, batch_N, *, method, model, reference_model):
     """What selection does to one super-batch, inside `pmap`.
 
     Returns: metrics, the self-scores [B] and the arm's own picks [b]. The metrics are the score of
-    a uniform, an independent and a joint sub-batch: the learner's loss of it minus the reference's
-    (section 3.1's batch score). With `method.low_patch` they also tell how well scores at coarse
-    patches agree with scores at full resolution.
+    a uniform, an independent and a joint sub-batch: for learnability, the learner's mean loss of it
+    minus the reference's (section 3.1). With `method.low_patch` they also tell how well scores at
+    coarse patches agree with scores at full resolution.
     """
     full = embed_both(state, batch_N, method, model, reference_model)
     used = full
@@ -763,19 +706,16 @@ def diagnose(state, key, batch_N, *, method, model, reference_model):
                           low_patch=method.low_patch)
 
     def picks(models, how):
-        return select(key, *models, dataclasses.replace(method, name=how), model.loss)
+        return select(key, models, dataclasses.replace(method, name=how), model.loss)
 
     def self_score_B(models):
-        return gather(self_score(method.kind, *models, model.loss), AXIS)
+        return gather(self_score(method.kind, models, model.loss), AXIS)
 
     def value(pick_S):
-        total = 0.0
-        for name, embeddings in zip(("learner", "reference"), full):
-            if name in SCORES[method.kind]:
-                rows = {k: devices.take(embeddings[k], pick_S) for k in ("image", "text")}
-                total += SCORES[method.kind][name] * devices.mean(
-                    contrastive_loss({**embeddings, **rows}, model.loss, AXIS))
-        return total
+        def loss(embeddings):
+            rows = {k: devices.take(embeddings[k], pick_S) for k in ("image", "text")}
+            return devices.mean(contrastive_loss({**embeddings, **rows}, model.loss, AXIS))
+        return sum(sign * loss(full[name]) for name, sign in SCORES[method.kind].items())
 
     pick_S = picks(used, "jest")
     metrics = {"score_uniform": value(jnp.arange(method.batch_size)),
@@ -795,17 +735,6 @@ def spearman(x_B, y_B):
 # --------------------------------------------------------------------------------------- main
 
 
-def split_arm(arm):
-    """'jest_hard_learner' -> ('jest', 'hard_learner'); without a score it is learnability's."""
-    for method in METHODS:
-        for kind in SCORES:
-            scored = method in SELECTS and arm == f"{method}_{kind}"
-            if scored or (arm == method and kind == "learnability"):
-                return method, kind
-    raise ValueError(f"--arms: {arm!r} is none of {', '.join(METHODS)}, nor one of them with a "
-                     f"score behind it ({', '.join('_' + k for k in SCORES)})")
-
-
 def super_batch_size(config):
     """B = b / (1 - f), which must be a whole number."""
     B = config.batch_size / (1 - config.filter_ratio)
@@ -817,11 +746,19 @@ def super_batch_size(config):
 def check(config):
     """Raises ValueError, naming the flag, for flags that do not go together, whatever the data."""
     require = functools.partial(flags.require, config)
-    methods = [split_arm(arm)[0] for arm in config.arms]
-    flags.require_arms(config, config.arms)  # `split_arm` knows the names: this finds repeats
-    require("curated" not in config.arms or not siglip.is_published(config.reference), "reference",
-            "'curated' or a checkpoint with the arm curated: published weights set no part apart; "
-            "name --arms without it")
+    flags.require_arms(config, ARMS)
+    methods = [ARMS[arm][0] for arm in config.arms]
+    require(config.reference_noise == -1 or config.reference_noise >= 0, "reference_noise",
+            "a fraction from 0 to 1, or -1")
+    if siglip.is_published(config.reference):
+        require("curated" not in config.arms, "reference", "'curated' or a checkpoint with the arm "
+                "curated: published weights set no part apart; name --arms without it")
+        require(config.reference_scores == "cached", "reference_scores", "cached, as published "
+                "weights (--reference) embed the pool once")
+        require(config.loss == "sigmoid", "loss", "sigmoid, which the published weights of "
+                "--reference were trained with")
+        require(not config.reference_dataset, "reference_dataset", "none, as published weights "
+                "(--reference) are not trained here")
     require(config.n_chunks <= config.batch_size, "n_chunks",
             f"at most one chunk per example of the sub-batch, {config.batch_size}")
     flags.require_warmup(config, config.steps, config.active_steps, config.reference_steps)
@@ -836,7 +773,7 @@ def check(config):
 def build_model(config, flag, source, vocab):
     """A Model of the size that a flag names, for the images of a source."""
     side = source.image_shape[0]
-    flexi = any(split_arm(arm)[0] == "flexi_jest" for arm in config.arms)
+    flexi = any(ARMS[arm][0] == "flexi_jest" for arm in config.arms)
     for patch in ("patch", "low_patch") if flexi else ("patch",):
         if side % config[patch]:
             raise ValueError(f"--{patch}={config[patch]} does not divide the image side {side}")
@@ -855,7 +792,7 @@ def make_arm(arm, config, model, reference_model):
     """What an arm is trained with: the number of steps, the `Method`, the optimiser, and
     `train_step` and `diagnose` as a `devices.pmap`. The stage 'reference' counts as an arm here,
     and is a uniform run."""
-    name, kind = ("uniform", "learnability") if arm == "reference" else split_arm(arm)
+    name, kind = ARMS["uniform" if arm == "reference" else arm]
     steps, peak = config.steps, config.learning_rate
     if name in SELECTS:
         steps, peak = config.active_steps or steps, config.active_learning_rate or peak
@@ -890,10 +827,10 @@ def arm_cost(method, config, model, reference_model, reuse=False):
 
 def iteration_cost(name, cost, cost_if_reused, uniform_cost):
     """A line on what an iteration of an arm costs relative to uniform's. The costs are bills of
-    `step_flops`. Forwards of the reference are left out, as in the paper."""
+    `step_flops`. Forwards of the reference are left out, as in the paper; the sampler is in."""
     total = lambda bill: flops.total_flops(bill, "foundation_dataset")
     once, reused = (f"{100 * total(c) / total(uniform_cost):.0f} %" for c in (cost, cost_if_reused))
-    # flexi_jest scores other patches than it trains on, and easy_reference does not score
+    # they are equal for flexi_jest, and where the learner does not score (easy_reference)
     aside = f" ({reused} if the forward of what is picked were reused)" if reused != once else ""
     return (f"an iteration of {name} costs {once} of uniform's{aside}; the sampler is "
             f"{100 * cost['selection'] / total(cost):.1f} % of it")
@@ -911,23 +848,9 @@ def load_batches(pool, seed, batch_size, steps, start, cached=None, selects=Fals
                              if k not in ("id", "label", "caption_hash")})
 
 
-def load_published(config):
-    """(Model, params, encode) of the published SigLIP that --reference names."""
-    require = functools.partial(flags.require, config)
-    require(config.reference_scores == "cached", "reference_scores", "cached, as published weights "
-            "(--reference) embed the pool once")
-    require(config.loss == "sigmoid", "loss", "sigmoid, which the published weights of --reference "
-            "were trained with")
-    require(not config.reference_dataset, "reference_dataset", "none, as published weights "
-            "(--reference) are not trained here")
-    m, params, encode = reference.load_published(config.reference, config.reference_tokenizer,
-                                                 config.reference_image_size, config.dtype)
-    return Model(m.loss, m.image, m.text), params, encode
-
-
 def embed_pool(path, params, model, forward, pool, batch_size, stop=lambda: False):
-    """(embeddings of a pool by its frozen reference, np.memmap [len(pool), 2, E], of the images and
-    of the captions; seconds). They are kept in the file `path`: see `reference.embed_pool`.
+    """Embeds a pool by its frozen reference. Returns (np.memmap [len(pool), 2, E] of the images and
+    of the captions, seconds). They are kept in the file `path`: see `reference.embed_pool`.
 
     forward: the first of `make_forwards(model)`."""
     # Small models train at large batches. A large reference need not fit in memory at those.
@@ -949,7 +872,8 @@ def main():
     noise = flags.planted(config, "caption_noise", TOY_NOISE["caption_noise"])
     published = siglip.is_published(config.reference)
     if published:
-        reference_model, reference_params, reference_encode = load_published(config)
+        reference_model, reference_params, reference_encode = reference.load_published(
+            config.reference, config.reference_tokenizer, config.reference_image_size, config.dtype)
     encode, vocab = data.tokenizer(config.tokenizer)
     source, test_source = data.open_splits(config, encode, context=config.context,
                                            need=("caption",), toy_image_size=TOY["image_size"])
@@ -960,7 +884,7 @@ def main():
             config.reference_dataset, "train", data_dir=config.data_dir, need=("caption",),
             image_size=source.image_shape[0], context=config.context, encode=encode,
             toy_knobs=data.toy_knobs(config), flags=("reference_dataset", "split"))
-    if any(split_arm(arm)[0] in SELECTS for arm in config.arms):
+    if any(ARMS[arm][0] in SELECTS for arm in config.arms):
         n_curated = 0 if curated_source or published else round(
             config.curated_fraction * len(source.ids))
         data.check_batch(source.ids[n_curated:], B, f"--filter_ratio={config.filter_ratio}")
@@ -974,11 +898,11 @@ def main():
             config, "reference_model" if config.reference_model else "model", source, vocab)
     about = {"model": {k: vit.architecture(getattr(reference_model, k)) for k in ("image", "text")},
              "loss": config.loss, "tokenizer": data.fingerprint(encode)}
-    template = jax.eval_shape(lambda: init(jax.random.key(0), reference_model))
     given = {}  # references from elsewhere, by seed
     if published:  # their training was paid for by others: nothing of it is in our bill
         given = dict.fromkeys(config.seeds, (reference_params, train.Totals()))
     elif config.reference != "curated":
+        template = jax.eval_shape(lambda: init(jax.random.key(0), reference_model))
         given = {seed: reference.load(config.reference.replace("{seed}", str(seed)), template,
                                       about) for seed in config.seeds}
 
@@ -1021,7 +945,7 @@ def main():
             return params, None, setup
 
         embedded, file = pool, f"embeddings-{seed}.npy"
-        if published:  # by images and captions as they belong together, once for all seeds
+        if published:  # each image and caption of the data set once, for all seeds
             embedded, file = published_pool, "embeddings.npy"
         array, seconds = embed_pool(run.path(file), params, reference_model,
                                     forwards[reference_model][0], embedded, b,
@@ -1033,12 +957,12 @@ def main():
     shown, counts = None, {}
     for seed in config.seeds:
         whole = data.Pool(source, noise=noise, field="tokens", seed=seed)
-        ids, rest_ids = data.split(whole.ids, config.curated_fraction, seed)
-        curated, train_pool = whole.subset(ids), whole.subset(rest_ids)
+        curated, train_pool = None, whole
         if curated_source:
-            curated, train_pool = data.Pool(curated_source, field="tokens", seed=seed), whole
-        if published:  # nothing has to be set apart
-            curated, train_pool = None, whole
+            curated = data.Pool(curated_source, field="tokens", seed=seed)
+        elif not published:  # published weights need nothing set apart
+            ids, rest_ids = data.split(whole.ids, config.curated_fraction, seed)
+            curated, train_pool = whole.subset(ids), whole.subset(rest_ids)
         if curated and config.reference_noise >= 0:
             curated = curated.replant(config.reference_noise)
         key_init, key_reference, key_steps = jax.random.split(jax.random.key(seed), 3)
@@ -1055,7 +979,7 @@ def main():
             if selects and "reference" in SCORES[arm.method.kind]:
                 params, cached, setup = frozen
                 state["reference"] = logit_scale_and_bias(params) if cached else params
-            # The curated part is the reference's: a cost of the method. Uniform has the whole pool.
+            # Uniform has the whole pool. The others do without the curated part, or train on it.
             pool, n = (train_pool, B) if selects else (curated if name == "curated" else whole, b)
             load = functools.partial(load_batches, pool, seed, n, cached=cached, selects=selects)
             if selects:  # diagnosed on the super-batch after the last step

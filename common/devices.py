@@ -107,12 +107,13 @@ def host():
 
 
 def agree(value):
-    """Process 0's bool or whole number, on every host. A file may change between two hosts' looks
-    at it. No host goes on before process 0 is here."""
+    """Process 0's bool, whole number or int32 array, on every host. A file may change between two
+    hosts' looks at it. No host goes on before process 0 is here."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
-    return type(value)(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    got = np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
+    return got if isinstance(value, np.ndarray) else type(value)(got)
 
 
 def to_host(tree):

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 import typing
 
 from absl import logging

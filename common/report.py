@@ -15,8 +15,6 @@ More of the metric must be better. A ratio below 1 means that the arm spent more
 prints the tables of a finished run again and writes its summary.json and curves.png again.
 """
 
-import csv
-import io
 import itertools
 import json
 import math

@@ -5,7 +5,6 @@ the work directory of a fixture, and all share one compilation cache.
 """
 
 import json
-import os
 import re
 import shutil
 import signal

@@ -22,18 +22,17 @@ unit_rows = lambda *s: (lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True))
     rng.normal(size=s).astype(np.float32))
 a, b, c, d = (unit_rows(24, 6) for _ in range(4))
 model = lambda x, y, bias: {"image": x, "text": y, "log_t": np.float32(1.5), "b": np.float32(bias)}
+models = {"learner": model(a, b, -3), "reference": model(c, d, -2)}
 key = jax.random.key(0)
 """
 COPIES = {  # what is copied -> a use of it, whose value does not depend on where it stands
     ("rho_learnability", "score", "select"):
         "select(key, score('learnability', {'proxy': a[:, 0], 'reference': b[:, 0]}), 5)",
     ("rho_learnability", "scoring_loss"): "scoring_loss((a, b), {})",
-    ("jest", "jointly_sample"): "jointly_sample(key, model(a, b, -3), model(c, d, -2), 8, 4)",
+    ("jest", "jointly_sample"): "jointly_sample(key, models, 8, 4)",
     ("jest", "jointly_sample_dense"): "jointly_sample_dense(key, a @ b.T, 8, 4)",
     ("jest", "jointly_sample_softmax"):
-        "jointly_sample_softmax(key, model(a, b, -3), model(c, d, -2), 8, 4)",
-    ("jest", "independently_sample"):
-        "independently_sample(key, model(a, b, -3), model(c, d, -2), 8)",
+        "jointly_sample_softmax(key, models, 8, 4)",
     ("jest", "contrastive_loss"): "contrastive_loss(model(a, b, -3), 'sigmoid')",
     ("dnc", "kmeans"): "kmeans(key, a, 3, restarts=2, tile=7)[0]",
     ("dnc", "moclr_loss"): "moclr_loss(a, b, c, d, 0.1)[0]",
@@ -87,7 +86,7 @@ def test_a_copy_gives_what_the_script_gives(values, copy):
     place = {}
     exec(IMPORTS + GIVEN, place)
     want = np.asarray(eval(COPIES[copy], {**place, **vars(script), **{
-        k: place[k] for k in ("a", "b", "c", "d", "model", "key")}}))
+        k: place[k] for k in ("a", "b", "c", "d", "model", "models", "key")}}))
     np.testing.assert_allclose(values[copy], want, rtol=1e-5, atol=1e-6)
 
 

@@ -67,17 +67,17 @@ def test_stages_add_up_to_the_declared_total(finished):
     """Visits are the baseline's, steps go on where the stage before ended, FLOPs are the bill's."""
     last = last_rows(finished[0])
     config = flags.Namespace(json.loads((finished[0] / "config.json").read_text())["flags"])
-    declared = {arm: dnc.declared_flops(arm, steps, MODEL, config, 200)
-                for arm, steps in dnc.budget(config, MODEL, 200).items()}
+    steps, contrast = dnc.budget(config, MODEL, 200), dnc.contrast_flops(8, MODEL)
     for arm in ARMS:
-        if arm != "moclr_flops":
-            assert last[arm]["step"] == 12
-            assert sum(last[arm]["flops"].values()) == sum(declared[arm].values()), arm
-            for role, flops in last[arm]["flops"].items():
-                assert flops == declared[arm][role]
-    total = sum(declared["dnc"].values())
-    per_step = dnc.step_flops("base", 8, MODEL)
-    assert abs(last["moclr_flops"]["flops"]["base"] - total) <= per_step / 2
+        parts, K = steps[arm], 3 if arm.startswith("dnc") else 0
+        declared = {"base": parts["base"] * contrast, "experts": parts["experts"] * contrast,
+                    "clustering": dnc.clustering_flops(MODEL, config, 200)
+                    * (arm in ("dnc", "dnc_random")),
+                    "distillation": parts["distil"] * dnc.distil_flops(8, MODEL, K)}
+        assert last[arm]["flops"] == {role: n for role, n in declared.items() if n}, arm
+        assert last[arm]["step"] == 12 or arm == "moclr_flops"
+    total = sum(last["dnc"]["flops"].values())
+    assert abs(last["moclr_flops"]["flops"]["base"] - total) <= contrast / 2
     assert last["dnc"]["examples_scored"] == 8 * 12 + 200
     assert last["dnc_oracle"]["examples_scored"] == last["self_distil"]["examples_scored"] == 96
     ends = [last["base"]["step"], *(r["step"] for name, r in last.items()
@@ -149,10 +149,10 @@ def test_a_prepared_set_with_small_clusters_and_other_settings(command, prepared
                         "--clusters=8", "--kmeans_examples=20", "--arms=dnc", "--head_hidden=12",
                         "--expert_init=base", "--student_init=base", "--nosame_view_negatives",
                         f"--workdir={workdir}")
-    assert "less than a batch of 8" in done.stderr and "get no step" in done.stderr
+    assert "a batch of 8 repeats examples" in done.stderr and "get no step" in done.stderr
     last = last_rows(workdir)["dnc"]
-    assert last["step"] == 12 and last["flops"]["distillation"] == 2 * dnc.step_flops(
-        "distillation", 8, dnc.Model(MODEL.encoder, 8, 6, 12), K=8)
+    assert last["step"] == 12 and last["flops"]["distillation"] == 2 * dnc.distil_flops(
+        8, dnc.Model(MODEL.encoder, 8, 6, 12), 8)
     assert "toy is too small" not in done.stdout
 
 
@@ -166,14 +166,12 @@ REFUSED = {
     "more clusters than a capped pool has": (["--clusters=40", "--class_cap=1"], "--clusters=40",
                                              "at most one per example"),
     "more groups than classes": (["--clusters=31", "--arms=dnc_oracle"], "--clusters=31", "30"),
-    "fractions": (["--base_fraction=0.5"], "--base_fraction", "add up to 1"),
-    "a fraction of 0": (["--distil_fraction=0"], "--distil_fraction=0", r"\(0, 1\)"),
+    "nothing left for the student": (["--base_fraction=0.7"], "--steps=", "at least one for each"),
     "a stage without a step": (["--steps=2"], "--steps=2", "each stage"),
     "no negatives": (["--batch_size=1"], "--batch_size=1", r"\[2, inf\)"),
     "a batch in parts": (["--batch_size=9"], "--batch_size=9", "multiple of 4"),
     "temperature": (["--temperature=0"], "--temperature=0", r"\(0, inf\)"),
-    "blur": (["--blur=1"], "--blur", "two probabilities"),
-    "solarise": (["--solarise=0,x"], "--solarise", "two probabilities"),
+    "blur": (["--blur1=1.1"], "--blur1=1.1", r"\[0, 1\]"),
     "model size": (["--model=34"], "--model", "'34'", "6n"),
     "tiny images": (["--image_size=4"], "--image_size=4", "from 8"),
     "no labels": (["--dataset={captioned}", "--image_size=16"], "--dataset",

@@ -86,7 +86,7 @@ def test_embeddings_have_length_one_and_a_row_of_zeros_a_finite_gradient():
 @pytest.mark.parametrize("kind", KINDS)
 def test_score_matrix(kind):
     learner, reference = two_models(2, 7)
-    got = jest.score_matrix(kind, learner, reference)
+    got = jest.score_matrix(kind, {"learner": learner, "reference": reference})
     expected = slow_jest.score_matrix(kind, learner, reference)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -99,8 +99,13 @@ def test_a_logit_is_what_a_candidate_adds_to_the_score_of_the_batch(kind):
 
 LOSSES = ("sigmoid", "softmax")
 GAINS = (1.0, 100.0)
-streaming = {loss: jax.jit(sampler, static_argnums=(3, 4), static_argnames=("kind", "tile"))
-             for loss, sampler in jest.SAMPLERS.items()}
+def sample(loss, key, learner, reference, n_select, n_chunks, **settings):
+    return jest.SAMPLERS[loss](key, {"learner": learner, "reference": reference}, n_select,
+                               n_chunks, **settings)
+
+
+streaming = {loss: jax.jit(functools.partial(sample, loss), static_argnums=(3, 4),
+                           static_argnames=("kind", "tile")) for loss in LOSSES}
 
 
 def slow_picks(key, learner, reference, n_select, n_chunks, *, loss="sigmoid",
@@ -179,8 +184,7 @@ def test_picks_are_the_same_on_any_number_of_devices(on_devices, loss):
         models = [{**r, "log_t": s["log_t"], "b": s["b"]}
                   for r, s in zip(rows, (learner, reference))]
         settings = dict(score_gain=score_gain, axis=devices.AXIS)
-        return (jest.SAMPLERS[loss](key, *models, 13, 4, **settings),
-                jest.independently_sample(key, *models, 13, loss=loss, **settings))
+        return [sample(loss, key, *models, 13, n_chunks, **settings) for n_chunks in (4, 1)]
     rows = [{k: s[k] for k in ("image", "text")} for s in (learner, reference)]
     key = jax.random.key(6)
     for n, gain in itertools.product((1, 8), GAINS):
@@ -206,8 +210,8 @@ def test_draws_follow_the_probabilities_of_float64(loss, score_gain):
     expected = {T: 20_000 * p_T for T, p_T in p.items()}
     assert min(expected.values()) > 5  # else the statistic is not that of chi-square
     keys = jax.random.split(jax.random.key(10), 20_000)
-    picks = jax.jit(jax.vmap(lambda key: jest.SAMPLERS[loss](
-        key, learner, reference, 3, 2, score_gain=score_gain)))(keys)
+    picks = jax.jit(jax.vmap(lambda key: sample(
+        loss, key, learner, reference, 3, 2, score_gain=score_gain)))(keys)
     counted = collections.Counter(map(frozenset, np.asarray(picks).tolist()))
     assert set(counted) <= set(expected) and len(expected) == 20
     chi2 = sum((counted[T] - n)**2 / n for T, n in expected.items())
@@ -577,8 +581,8 @@ def test_the_sampler_s_products_are_those_of_its_bill(loss, kind, n_chunks):
     B, b, E = 40, 12, 8
     s = {"image": np.ones((B, E), np.float32), "text": np.ones((B, E), np.float32),
          "log_t": np.float32(1), "b": np.float32(0)}
-    traced = jax.make_jaxpr(lambda key: jest.SAMPLERS[loss](
-        key, s, s, b, n_chunks, kind=kind, tile=16))(jax.random.key(0))
+    traced = jax.make_jaxpr(lambda key: sample(
+        loss, key, s, s, b, n_chunks, kind=kind, tile=16))(jax.random.key(0))
     models, added = len(jest.SCORES[kind]), b - b // n_chunks
     counted = dot_flops(traced.jaxpr)
     assert counted == models * (2 * B * added * 2 * E + B * 2 * E)
@@ -590,12 +594,9 @@ def test_the_sampler_s_products_are_those_of_its_bill(loss, kind, n_chunks):
 
 
 def test_arms_are_a_method_and_a_score():
-    assert jest.split_arm("jest") == ("jest", "learnability")
-    assert jest.split_arm("flexi_jest_hard_learner") == ("flexi_jest", "hard_learner")
-    with pytest.raises(ValueError, match="--arms"):
-        jest.split_arm("uniform_easy_reference")
-    with pytest.raises(ValueError, match="--arms"):
-        jest.split_arm("jest_magic")
+    assert jest.ARMS["jest"] == ("jest", "learnability")
+    assert jest.ARMS["flexi_jest_hard_learner"] == ("flexi_jest", "hard_learner")
+    assert not {"uniform_easy_reference", "curated_learnability", "jest_magic"} & set(jest.ARMS)
 
 
 @pytest.mark.parametrize("f,b,B", [(0.8, 128, 640), (0.9, 64, 640), (0.5, 32, 64), (0.0, 7, 7),

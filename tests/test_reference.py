@@ -1,6 +1,5 @@
 """A frozen model: what is accepted as a reference, and what is kept of it."""
 
-import json
 import os
 import shutil
 

@@ -32,15 +32,17 @@ CHUNKS, RATIOS, GAINS = (1, 2, 4, 8, 16, 32), (0.5, 0.8, 0.9), (1.0, 10.0, 100.0
 def first_uniform(key, gain, learner, reference, n_select, n_chunks):
     """`jest.jointly_sample` with a first chunk that is drawn uniformly: Algorithm 1 of the paper's
     print, read as code."""
-    models = jest.models_of("learnability", learner, reference)
+    models = {"learner": learner, "reference": reference}
+    self_N = jest.self_score("learnability", models, "sigmoid")
 
-    def add_chunk(score_N, chunk, used_C):
-        return score_N + sum(sign * jest.negative_terms(models[name], chunk[name], used_C, 2048)
-                             for name, sign in jest.SCORES["learnability"].items())
-    return jest.draw_in_chunks(
-        key, models, n_select, n_chunks,
-        jest.self_score("learnability", learner, reference, "sigmoid"),
-        lambda k, score_N: jnp.where(k == 0, 0.0, score_N), add_chunk, score_gain=gain, axis=None)
+    def add_chunk(_, sum_N, chunk):
+        sum_N = self_N if sum_N is None else sum_N
+        for name, sign in jest.SCORES["learnability"].items():
+            loss = lambda logits_C: jax.nn.softplus(logits_C + models[name]["b"]).sum()
+            sum_N += sign * sum(jest.over_chunk(loss, models[name], chunk[name], 2048))
+        return sum_N, sum_N
+    return jest.draw_in_chunks(key, models, n_select, n_chunks, jnp.zeros_like(self_N), add_chunk,
+                               score_gain=gain, axis=None)
 
 
 def main():
@@ -54,7 +56,8 @@ def main():
     template = jax.eval_shape(lambda: jest.init(jax.random.key(0), model))
     embed = jax.jit(jest.embed, static_argnums=2)
     sample = {"self": jax.jit(lambda key, gain, learner, reference, n_chunks: jest.jointly_sample(
-        key, learner, reference, b, n_chunks, score_gain=gain), static_argnums=4),
+        key, {"learner": learner, "reference": reference}, b, n_chunks, score_gain=gain),
+                              static_argnums=4),
               "uniform": jax.jit(lambda key, gain, learner, reference, n_chunks: first_uniform(
         key, gain, learner, reference, b, n_chunks), static_argnums=4)}
     results = {}
@@ -102,7 +105,8 @@ def differing(models, S, n_select, draws, n_chunks=16, gain=100.0):
         slow = slow_jest.sample_chunks(
             noise, slow_jest.quotas(n_select, n_chunks),
             lambda T: gain * (np.diag(S) + S[:, T].sum(1) + S[T].sum(0)))
-        got = jest.jointly_sample(key, *models, n_select, n_chunks, score_gain=gain)
+        got = jest.jointly_sample(key, dict(zip(("learner", "reference"), models)), n_select,
+                                  n_chunks, score_gain=gain)
         counts.append(n_select - len(set(slow) & set(got.tolist())))
     return np.mean(counts)
 

@@ -19,7 +19,6 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..",
 
 from absl import app, flags
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import dnc
@@ -37,12 +36,11 @@ def main(_):
     F = flags.FLAGS
     x = jax.jit(points, static_argnums=(1, 2, 3))(jax.random.key(0), F.points, F.width, F.clusters)
     start = np.asarray(dnc.kmeans_plus_plus(
-        jax.random.uniform(jax.random.key(1), (F.clusters, dnc.n_candidates(F.clusters))), x,
-        jnp.ones(F.points)))
+        jax.random.uniform(jax.random.key(1), (F.clusters, dnc.n_candidates(F.clusters))), x))
 
     def ours(x, centres):
-        centres = dnc.lloyd(x, centres, F.iterations, jnp.ones(len(x)), tile=F.tile)
-        return centres, dnc.nearest(x, centres, jnp.ones(len(x)), F.tile)[1].sum()
+        centres = dnc.lloyd(x, centres, F.iterations, F.tile)
+        return centres, dnc.nearest(x, centres, F.tile)[1].sum()
     program = jax.jit(ours).lower(x, start).compile()
     runs = {"dnc.py": lambda: float(program(x, start)[1])}
     if F.sklearn:

@@ -30,7 +30,7 @@ def sides(key, B, E):
         text = image + jax.random.normal(key_text, (B, E))
         return {"image": jest.unit(image), "text": jest.unit(text), "log_t": jnp.log(10.0),
                 "b": jnp.array(-10.0)}
-    return tuple(map(side, jax.random.split(key)))
+    return dict(zip(("learner", "reference"), map(side, jax.random.split(key))))
 
 
 def speed(sizes, *, filter_ratio, n_chunks, embed, rounds):
@@ -38,12 +38,11 @@ def speed(sizes, *, filter_ratio, n_chunks, embed, rounds):
           f"{'dense MiB':>10} {'streaming MiB':>13}")
     for B in sizes:
         b = round(B * (1 - filter_ratio))
-        args = jax.random.key(1), *sides(jax.random.key(0), B, embed)
+        args = jax.random.key(1), sides(jax.random.key(0), B, embed)
         programs = {
-            "dense": lambda key, learner, reference: jest.jointly_sample_dense(
-                key, jest.score_matrix("learnability", learner, reference), b, n_chunks),
-            "streaming": lambda key, learner, reference: jest.jointly_sample(
-                key, learner, reference, b, n_chunks)}
+            "dense": lambda key, models: jest.jointly_sample_dense(
+                key, jest.score_matrix("learnability", models), b, n_chunks),
+            "streaming": lambda key, models: jest.jointly_sample(key, models, b, n_chunks)}
         compiled = {k: jax.jit(f).lower(*args).compile() for k, f in programs.items()}
         picks = {k: np.asarray(f(*args)) for k, f in compiled.items()}
         seconds = {k: [] for k in compiled}
