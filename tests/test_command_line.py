@@ -210,7 +210,8 @@ def test_a_reference_starts_from_weights_of_its_own(held_out):
     model = rho_learnability.Model("cross_entropy", TWIN)
     key = jax.random.split(jax.random.key(0))[0]
     first = rho_learnability.initial_state("uniform", key, model, model, {
-        "learner": optax.identity(), "reference": optax.identity()}, reference="online")
+        "learner": optax.identity(), "reference": optax.identity()},
+        reference_scores="online")
     _, after = trained(held_out, "reference-0")
     for role, same in (("learner", False), ("reference", True)):
         params = {"learner": {"params": first[role]["params"]}}
@@ -299,6 +300,7 @@ REFUSED = {  # flags, then what the line must name: the flag or file, and the me
     "patch": (["--patch=12"], "--patch=12", "32"),
     "model size": (["--proxy=huge"], "--proxy", "'huge'", "toy"),
     "model size in numbers": (["--learner=16/1/32/3"], "--learner", "heads", "width"),
+    "reference noise": (["--reference_noise=-0.5"], "--reference_noise=-0.5", "from 0 to 1"),
     "label noise": (["--label_noise=1.5"], "--label_noise=1.5", r"\[-1, 1\]"),
     "noise of the other task": (["--caption_noise=0.5"], "--caption_noise", "--task=classification"),
     "noise of the other task, text": (["--task=image_text", "--label_noise=0.5"],

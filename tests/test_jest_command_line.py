@@ -203,6 +203,7 @@ REFUSED = {
     "no reference": (["--reference={empty}/nowhere"], "--reference=.*nowhere", "no such"),
     "reference of another size": (["--reference={reference}", "--reference_model=8/1/16/1"],
                                   "--reference=", "another size"),
+    "reference noise": (["--reference_noise=-0.5"], "--reference_noise=-0.5", "from 0 to 1"),
     "reference of another loss": (["--reference={reference}", "--loss=softmax"], "--reference=",
                                   "another size"),
     "reference of other heads": (["--reference={reference}", "--model=16/1/32/2"],
