@@ -26,7 +26,6 @@ picture in usr/share/doc/*/copyright; the icon sets of @iconify/json are printed
 
 import collections
 import functools
-import glob
 import gzip
 import importlib.util
 import io
@@ -86,6 +85,8 @@ SETS = {
                        "dataset-fashion-mnist", "mnist", "@iconify/json", *WALLPAPERS)),
     "patchwork": ("1.0.0", ("dataset-fashion-mnist", "qtawesome", *EMOJI)),
 }
+MOST_PIXELS = 30_000_000  # a few pieces of clip art are larger, and would take gigabytes
+PIL.Image.MAX_IMAGE_PIXELS = None  # so that PIL does not refuse them before we leave them out
 TOOLS = {"npm": ("npm",), "apt": ("apt-get", "dpkg-deb"), "pip": ()}
 MODULES = {"tensorflow_datasets": "tensorflow-datasets", "array_record": "array_record",
            "importlib_resources": "importlib_resources", "resvg_py": "resvg-py", "pip": "pip"}
@@ -172,14 +173,15 @@ def fit(image, side):
 
 
 def decode(data, side):
-    """The file `data` of an image or an SVG drawing as `fit` makes it."""
+    """The file `data` of an image or an SVG drawing as `fit` makes it; None if it is too large."""
     if data.lstrip()[:4] in (b"<svg", b"<?xm"):
         import resvg_py  # text would depend on the fonts of the machine, so it is left out
         shape = re.search(rb'viewBox="[-.\d]+ [-.\d]+ ([.\d]+) ([.\d]+)"', data)
         wide = not shape or float(shape[1]) >= float(shape[2])
         data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), skip_system_fonts=True,
                                            **{"width" if wide else "height": side}))
-    return fit(PIL.Image.open(io.BytesIO(data)), side)
+    image = PIL.Image.open(io.BytesIO(data))
+    return None if image.width * image.height > MOST_PIXELS else fit(image, side)
 
 
 def is_blank(image):
@@ -222,7 +224,8 @@ def emoji_drawings(packages, side):
     """A list of {image, caption, category, concept, style}, the emoji of all four styles.
 
     An emoji must be drawn in the three styles of train. A concept is a place in emoji.json, where
-    every skin tone counts. The fourth style is without them.
+    every skin tone counts. The fourth style is without them, and without the emoji whose code has
+    a variation selector (FE0F): the set of the README's tables had none of these.
     """
     google, twitter, openmoji, fluent = (packages[name] for name in EMOJI)
     key = lambda code: code.upper().replace("-FE0F", "")  # whether it is written varies
@@ -236,7 +239,8 @@ def emoji_drawings(packages, side):
     concepts = []
     for entry in json.loads(listed):
         name, skins = (entry["name"] or entry["short_name"]).lower(), "skin_variations"
-        concepts.append((key(entry["unified"]), name, entry["category"], True))
+        concepts.append((key(entry["unified"]), name, entry["category"],
+                         "FE0F" not in entry["unified"]))
         for tone, skin in entry.get(skins, {}).items():
             concepts.append((key(skin["unified"]), f"{name} (skin {tone.lower()})",
                              entry["category"], False))
@@ -245,7 +249,8 @@ def emoji_drawings(packages, side):
         if all(code in files[style] for style in ("google", "twitter", "openmoji")):
             out += [{"image": decode(files[style][code], side), "caption": name,
                      "category": category, "concept": i, "style": style}
-                    for style in styles if code in files[style] and (plain or style != "fluent3d")]
+                    for style in styles
+                    if code in files[style] and (style != "fluent3d" or plain)]
     return out
 
 
@@ -259,9 +264,9 @@ def divide(groups, n_test, size=lambda rank: 10**9, least=40):
     for label, images in groups.items():
         kept = []
         for image in images:
-            seen[image.tobytes()] += 1
-            if seen[image.tobytes()] == 1 and not is_blank(image):
-                kept.append(image)
+            if image and not is_blank(image):
+                seen[image.tobytes()] += 1
+                kept += [image] * (seen[image.tobytes()] == 1)
         groups[label] = kept
     out = {"train": [], "test": []}
     labels = [label for label in sorted(groups) if len(groups[label]) >= least]
@@ -403,7 +408,8 @@ def write(name, version, splits, out):
 
     Made.name = name
     builder = Made(data_dir=out, file_format="array_record")
-    builder.download_and_prepare()
+    with tempfile.TemporaryDirectory() as folder:  # TFDS wants one for downloads, and has none
+        builder.download_and_prepare(download_dir=folder)
     return Path(builder.data_dir)
 
 
