@@ -8,8 +8,9 @@
 Packages are asked for by their names: npm's with `npm pack`, Debian's with `apt-get download`
 (after `apt-get update`), PyPI's with `pip download`. So it needs npm, pip, and Debian or Ubuntu.
 Nothing is installed, and nothing of a package is run. npm's and PyPI's versions are fixed here;
-Debian's are those of the release, and are printed. The same versions give the same pixels, if the
-versions of pillow and resvg-py are the same too; the README's tables are from Debian 12.
+Debian's are those of the release, and are printed: wild wants those of Debian 12. The same versions
+give the same files, if pillow and resvg-py are the same too. Without the downloads, of 1 GB in all,
+it takes one minute a set, and three for wild.
 
   fashion_mnist  the set as TFDS has it: 60,000 + 10,000 garments, 28 px, grey, 10 classes.
   emoji          64 px on white; each emoji with its English name as `caption`. train: each emoji
@@ -128,31 +129,33 @@ def fetch(name, folder):
     return sorted(folder.glob(pattern))[-1]
 
 
-def version_of(name, path):
-    if PACKAGES[name][1]:
-        return PACKAGES[name][1]
-    return subprocess.run(["dpkg-deb", "-f", path, "Version"], text=True, check=True,
-                          capture_output=True).stdout.strip()
-
-
 def members(path, pattern):
     """Yields (match, bytes) of the files in a package whose whole name matches `pattern`.
 
     The package is a .deb, a .whl or a tar file. It is read from end to end and never unpacked.
+    Raises: ValueError if no file matches, as in a version that has its files elsewhere.
     """
-    match, path = re.compile(pattern).fullmatch, Path(path)
+    found = None
+    for name, read in files_of(Path(path)):
+        if match := re.fullmatch(pattern, name):
+            found = match
+            yield match, read()
+    if not found:
+        raise ValueError(f"{path}: no file in it is like {pattern}: is its version another?")
+
+
+def files_of(path):
+    """Yields (name, function that reads the file) of the files in a package."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as archive:
-            for name in sorted(archive.namelist()):
-                if found := match(name):
-                    yield found, archive.read(name)
+            yield from ((name, functools.partial(archive.read, name))
+                        for name in sorted(archive.namelist()))
         return
     deb = path.suffix == ".deb" and subprocess.Popen(["dpkg-deb", "--fsys-tarfile", path],
                                                      stdout=subprocess.PIPE)
     with (tarfile.open(fileobj=deb.stdout, mode="r|") if deb else tarfile.open(path)) as archive:
-        for member in archive:
-            if member.isfile() and (found := match(member.name.removeprefix("./"))):
-                yield found, archive.extractfile(member).read()
+        yield from ((member.name.removeprefix("./"), archive.extractfile(member).read)
+                    for member in archive if member.isfile())
     if deb and deb.wait():
         raise ValueError(f"{path} is not whole: delete it, and run this again")
 
@@ -176,10 +179,8 @@ def decode(data, side):
     """The file `data` of an image or an SVG drawing as `fit` makes it; None if it is too large."""
     if data.lstrip()[:4] in (b"<svg", b"<?xm"):
         import resvg_py  # text would depend on the fonts of the machine, so it is left out
-        shape = re.search(rb'viewBox="[-.\d]+ [-.\d]+ ([.\d]+) ([.\d]+)"', data)
-        wide = not shape or float(shape[1]) >= float(shape[2])
-        data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), skip_system_fonts=True,
-                                           **{"width" if wide else "height": side}))
+        data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=side, height=side,
+                                           skip_system_fonts=True))
     image = PIL.Image.open(io.BytesIO(data))
     return None if image.width * image.height > MOST_PIXELS else fit(image, side)
 
@@ -209,48 +210,42 @@ def choose(items, n, what):
 # --------------------------------------------------------------------------- what sets share
 
 
-def garments(package):
-    """{'train' and 't10k': (uint8 [N, 28, 28], labels uint8 [N])} of Debian's package."""
-    files = {found[1]: gzip.decompress(data) for found, data in
-             members(package, r".*/((?:train|t10k)-(?:images|labels)-idx[13]-ubyte)\.gz")}
+def garments(package, split="train"):
+    """(uint8 [N, 28, 28], labels uint8 [N]) of a split, train or t10k, of Debian's package."""
+    (_, images), (_, labels) = sorted(
+        ((found[1], gzip.decompress(data)) for found, data in
+         members(package, rf".*/{split}-(images|labels)-idx[13]-ubyte\.gz")))
     # An idx file begins with 4 bytes for each of its dimensions, and 4 more.
-    return {split: (np.frombuffer(files[f"{split}-images-idx3-ubyte"], np.uint8, offset=16)
-                    .reshape(-1, 28, 28),
-                    np.frombuffer(files[f"{split}-labels-idx1-ubyte"], np.uint8, offset=8))
-            for split in ("train", "t10k")}
+    return (np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28),
+            np.frombuffer(labels, np.uint8, offset=8))
 
 
 def emoji_drawings(packages, side):
     """A list of {image, caption, category, concept, style}, the emoji of all four styles.
 
     An emoji must be drawn in the three styles of train. A concept is a place in emoji.json, where
-    every skin tone counts. The fourth style is without them, and without the emoji whose code has
-    a variation selector (FE0F): the set of the README's tables had none of these.
+    every skin tone counts. The fourth style is without them, and without the drawings whose file
+    name has a variation selector (fe0f): the set of the README's tables had none of these.
     """
     google, twitter, openmoji, fluent = (packages[name] for name in EMOJI)
     key = lambda code: code.upper().replace("-FE0F", "")  # whether it is written varies
     styles = {"google": (google, r"package/img/google/64/(.*)\.png"),
               "twitter": (twitter, r"package/img/twitter/64/(.*)\.png"),
               "openmoji": (openmoji, r"package/color/svg/(.*)\.svg"),
-              "fluent3d": (fluent, r"package/assets/(.*)\.webp")}
+              "fluent3d": (fluent, r"package/assets/((?:(?!fe0f).)*)\.webp")}
     files = {style: {key(found[1]): data for found, data in members(*where)}
              for style, where in styles.items()}
     ((_, listed),) = members(google, r"package/emoji\.json")
-    concepts = []
-    for entry in json.loads(listed):
-        name, skins = (entry["name"] or entry["short_name"]).lower(), "skin_variations"
-        concepts.append((key(entry["unified"]), name, entry["category"],
-                         "FE0F" not in entry["unified"]))
-        for tone, skin in entry.get(skins, {}).items():
-            concepts.append((key(skin["unified"]), f"{name} (skin {tone.lower()})",
-                             entry["category"], False))
+    concepts = [(tone, one["unified"], entry) for entry in json.loads(listed) for tone, one in
+                [("", entry), *entry.get("skin_variations", {}).items()]]
     out = []
-    for i, (code, name, category, plain) in enumerate(concepts):
-        if all(code in files[style] for style in ("google", "twitter", "openmoji")):
-            out += [{"image": decode(files[style][code], side), "caption": name,
-                     "category": category, "concept": i, "style": style}
-                    for style in styles
-                    if code in files[style] and (style != "fluent3d" or plain)]
+    for i, (tone, code, entry) in enumerate(concepts):
+        drawn = [style for style in styles if key(code) in files[style]]
+        if {"google", "twitter", "openmoji"} <= set(drawn):
+            caption = entry["name"].lower() + (f" (skin {tone.lower()})" if tone else "")
+            out += [{"image": decode(files[style][key(code)], side), "caption": caption,
+                     "category": entry["category"], "concept": i, "style": style}
+                    for style in drawn if style != "fluent3d" or not tone]
     return out
 
 
@@ -260,21 +255,18 @@ def divide(groups, n_test, size=lambda rank: 10**9, least=40):
     A fifth of each class, but at most n_test images, are for testing. Of the rest, at most
     size(rank) are for training; rank 1 is the largest class. Classes of less than `least` go.
     """
-    seen = collections.Counter()  # an image that comes twice stays where it comes first
-    for label, images in groups.items():
-        kept = []
+    seen, kept = set(), collections.defaultdict(list)
+    for label, images in groups.items():  # an image that comes twice stays where it comes first
         for image in images:
-            if image and not is_blank(image):
-                seen[image.tobytes()] += 1
-                kept += [image] * (seen[image.tobytes()] == 1)
-        groups[label] = kept
+            if image and not is_blank(image) and image.tobytes() not in seen:
+                seen.add(image.tobytes())
+                kept[label].append(image)
     out = {"train": [], "test": []}
-    labels = [label for label in sorted(groups) if len(groups[label]) >= least]
-    for rank, label in enumerate(sorted(labels, key=lambda c: -len(groups[c])), 1):
-        images = choose(groups[label], None, label)
+    labels = sorted(c for c in kept if len(kept[c]) >= least)
+    for rank, label in enumerate(sorted(labels, key=lambda c: -len(kept[c])), 1):
+        images = choose(kept[label], None, label)
         n = min(n_test, len(images) // 5)
-        parts = {"test": images[:n], "train": images[n:n + size(rank)]}
-        for split, part in parts.items():
+        for split, part in (("test", images[:n]), ("train", images[n:n + size(rank)])):
             out[split] += [{"image": image, "label": label} for image in part]
     return out
 
@@ -283,10 +275,9 @@ def divide(groups, n_test, size=lambda rank: 10**9, least=40):
 
 
 def fashion_mnist(packages):
-    names = {"train": "train", "test": "t10k"}
-    arrays = garments(packages["dataset-fashion-mnist"])
     return {split: [{"image": PIL.Image.fromarray(image), "label": str(label)}
-                    for image, label in zip(*arrays[name])] for split, name in names.items()}
+                    for image, label in zip(*garments(packages["dataset-fashion-mnist"], files))]
+            for split, files in (("train", "train"), ("test", "t10k"))}
 
 
 def emoji(packages):
@@ -305,7 +296,7 @@ def wild(packages):
     for name, (pattern, label) in folders.items():
         for found, data in members(packages[name], pattern):
             groups[label.format(*found.groups())].append(put(data))
-    images, _ = garments(packages["dataset-fashion-mnist"])["train"]
+    images, _ = garments(packages["dataset-fashion-mnist"])
     groups["fashion"] = [fit(PIL.Image.fromarray(image), 32)
                          for image in choose(images, 1000, "fashion")]
     for _, data in members(packages["mnist"], r"package/src/digits/\d\.json"):
@@ -334,22 +325,23 @@ def coloured_icons(package):
             svgs.append(f'<svg xmlns="http://www.w3.org/2000/svg" '
                         f'xmlns:xlink="http://www.w3.org/1999/xlink" '
                         f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'.encode())
-        yield name, about["license"].get("spdx", about["license"]["title"]), svgs
+        licence = about["license"].get("spdx", about["license"]["title"])
+        yield name, licence, list(dict.fromkeys(svgs))  # some have two names
 
 
 def patchwork(packages):
     groups = collections.defaultdict(list)
     for e in emoji_drawings(packages, 32):
         groups[f"emoji/{e['category']}"].append(e["image"])
-    for image, label in zip(*garments(packages["dataset-fashion-mnist"])["train"]):
+    for image, label in zip(*garments(packages["dataset-fashion-mnist"])):
         groups[f"fashion/{label}"].append(fit(PIL.Image.fromarray(image), 32))
     for word, image in glyphs(packages["qtawesome"]):
         groups[f"icon/{word}"].append(image)
-    return divide(groups, n_test=60, size=lambda rank: round(3000 * rank**-0.9))
+    return divide(groups, n_test=60, size=lambda rank: int(3000 * rank**-0.9))
 
 
 def glyphs(package, side=32):
-    """Yields (the first word of its name, image) of every glyph, in a dark colour on a light one."""
+    """Yields (the first word of its name, image) of every glyph, dark on light colours."""
     files = {found[0]: data for found, data in members(package, r"qtawesome/fonts/.*\.(ttf|json)")}
     rng = np.random.default_rng(0)
     for path in sorted(p for p in files if p.endswith(".json")):
@@ -373,18 +365,16 @@ def write(name, version, splits, out):
     """Writes {split: examples} to out/name/version as TFDS does, and returns that path.
 
     TFDS puts the examples into an order that looks random, so that a part of a split is a fair one.
-    Class names are sorted by their number of examples, the largest first; digits by their value.
     """
     import tensorflow_datasets as tfds  # here and not above: it takes seconds
     tfds.disable_progress_bar()
-    width, height = splits["train"][0]["image"].size
-    channels = len(splits["train"][0]["image"].getbands())
-    kinds = {"image": tfds.features.Image(shape=(height, width, channels))}
-    for field in splits["train"][0]:
+    first = splits["train"][0]
+    shape = (*first["image"].size, len(first["image"].getbands()))
+    kinds = {"image": tfds.features.Image(shape=shape)}
+    for field in first:
         if field in ("label", "category", "style"):
-            counts = collections.Counter(e[field] for part in splits.values() for e in part)
-            kinds[field] = tfds.features.ClassLabel(names=sorted(
-                counts, key=lambda c: (0 if c.isdigit() else -counts[c], c)))
+            names = sorted({e[field] for part in splits.values() for e in part})
+            kinds[field] = tfds.features.ClassLabel(names=names)
         elif field != "image":
             kinds[field] = tfds.features.Text() if field == "caption" else np.int64
 
@@ -432,15 +422,16 @@ def main():
     config = absl_flags.FLAGS
     names = list(SETS) if config.set == "all" else [config.set]
     out = Path(config.out).expanduser()
-    names = [name for name in names if not (out / name / SETS[name][0]).exists() or
-             print(f"{out / name / SETS[name][0]} is there already, and is left as it is")]
+    for name in names:
+        if (out / name).exists():
+            raise ValueError(f"{out / name} is there already: remove it, or choose another --set "
+                             "or --out")
     needed = [p for p in PACKAGES if any(p in SETS[name][1] for name in names)]
     check_tools(needed)
     (out / "packages").mkdir(parents=True, exist_ok=True)
     packages = {name: fetch(name, out / "packages") for name in needed}
-    table([("package", "version", "from", "licence")] +
-          [(name, version_of(name, path), PACKAGES[name][0], PACKAGES[name][2])
-           for name, path in packages.items()])
+    table([("package", "file", "licence")] +  # the file's name has the version
+          [(name, path.name, PACKAGES[name][2]) for name, path in packages.items()])
     rows = [("set", "split", "images", "classes", "largest", "smallest")]
     for name in names:
         splits = globals()[name](packages)
@@ -452,7 +443,8 @@ def main():
     table(rows)
     if "wild" in names:
         table([("icons in wild", "licence")] +
-              [icons[:2] for icons in coloured_icons(packages["@iconify/json"])])
+              [(name, licence) for name, licence, svgs in coloured_icons(packages["@iconify/json"])
+               if len(svgs) >= 40])
 
 
 if __name__ == "__main__":
