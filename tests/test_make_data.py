@@ -135,7 +135,7 @@ def wild(tmp_path, garments):
     many = lambda pattern, n, first, **how: {
         pattern.format(i): picture(seed=first + i, **how) for i in range(n)}
     digits = json.dumps({"data": np.random.default_rng(1).random(45 * 784).round(2).tolist()})
-    icons = {str(i): {"body": f"seed {5000 + i}"} for i in range(45)}
+    icons = lambda seed: {str(i): {"body": f"seed {seed + i}"} for i in range(45)}
     about = {"palette": True, "license": {"title": "MIT License", "spdx": "MIT"}}
     files = {
         "openclipart-png": many("usr/share/openclipart/png/a/{}.png", 250, 0) | {
@@ -148,8 +148,8 @@ def wild(tmp_path, garments):
         "@iconify/json": {
             "package/collections.json": json.dumps(
                 {"bright": about, "grey": {**about, "palette": False}}).encode(),
-            "package/json/bright.json": json.dumps({"icons": icons, "height": 24}).encode(),
-            "package/json/grey.json": json.dumps({"icons": icons}).encode()},
+            "package/json/bright.json": json.dumps({"icons": icons(5000), "height": 24}).encode(),
+            "package/json/grey.json": json.dumps({"icons": icons(6000)}).encode()},
         **{name: {"usr/share/backgrounds/sky.png": picture(size=(640, 320), seed=4000 + i)}
            for i, name in enumerate(make.WALLPAPERS)}}
     return {"dataset-fashion-mnist": garments[0], **{
