@@ -9,8 +9,9 @@ Packages are asked for by their names: npm's with `npm pack`, Debian's with `apt
 (after `apt-get update`), PyPI's with `pip download`. So it needs npm, pip, and Debian or Ubuntu.
 Nothing is installed, and nothing of a package is run. npm's and PyPI's versions are fixed here;
 Debian's are those of the release, and are printed: wild wants those of Debian 12. The same versions
-give the same files, if pillow and resvg-py are the same too. Without the downloads, of 1 GB in all,
-it takes one minute a set, and three for wild.
+give the same examples in the same order, if pillow and resvg-py are the same too (the bytes of the
+files differ: protobuf writes the fields of an example in a random order). Without the downloads, of
+1 GB in all, it takes about one minute a set, and four for wild.
 
   fashion_mnist  the set as TFDS has it: 60,000 + 10,000 garments, 28 px, grey, 10 classes.
   emoji          64 px on white; each emoji with its English name as `caption`. train: each emoji
