@@ -55,7 +55,7 @@ TOY_NOISE = {"caption_noise": 0.8}
 PRESETS = {
     # the headline of docs/results.md: 1,000 right captions of 100,000 pairs
     "toy_100k": dict(
-        arms=["uniform", "jest", "flexi_jest", "jest_easy_reference", "curated"],
+        arms=["uniform", "independent", "jest", "flexi_jest", "jest_easy_reference", "curated"],
         toy_examples=100_000, image_size=32, toy_radius=0.25, context=20, model="64/2/256/4",
         reference_model="32/1/128/2", curated_fraction=0.01, filter_ratio=0.9, steps=5000,
         active_steps=1000, reference_steps=600, eval_every=50, learning_rate=2.5e-4,
@@ -85,7 +85,7 @@ def define_flags():
              "their softmax (Algorithm 2 prints 100, close to greedy); 1 / temperature")
     f.number("curated_fraction", 0.02, "(0, 1)", "part of the pool that is set apart to train the "
              "reference")
-    f.number("reference_noise", 0.0, "[-1, 1]", "caption noise of the curated part; -1: the "
+    f.number("reference_noise", 0.0, "[0, 1] or -1", "caption noise of the curated part; -1: the "
              "pool's, or none in --reference_dataset")
     f.text("reference_dataset", None, "train the reference on all of another data set instead")
     f.text("reference", "curated", "'curated': trained first, on the curated part or on "
@@ -748,8 +748,6 @@ def check(config):
     require = functools.partial(flags.require, config)
     flags.require_arms(config, ARMS)
     methods = [ARMS[arm][0] for arm in config.arms]
-    require(config.reference_noise == -1 or config.reference_noise >= 0, "reference_noise",
-            "a fraction from 0 to 1, or -1")
     if siglip.is_published(config.reference):
         require("curated" not in config.arms, "reference", "'curated' or a checkpoint with the arm "
                 "curated: published weights set no part apart; name --arms without it")

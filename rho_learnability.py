@@ -92,7 +92,7 @@ def define_flags():
              "example id, or compute the reference's scores anew in each step")
     f.integer("reference_steps", 600, "[0, inf)", "updates of the reference, and of arm "
               "held_out; 0: as many as --steps")
-    f.number("reference_noise", 0.0, "[-1, 1]", "label or caption noise of the held-out "
+    f.number("reference_noise", 0.0, "[0, 1] or -1", "label or caption noise of the held-out "
              "part that trains the reference; -1: the pool's, as every other reference has it")
     f.number("held_out_fraction", 0.04, "(0, 1)", "part of the pool that trains the reference "
              "of --reference=held_out")
@@ -488,8 +488,6 @@ def check(config):
     require(config.proxy_init == "random" or (config.reference != "online" and
             "hard_learner" not in config.arms), "proxy_init",
             "'random' with an online reference or arm hard_learner: they have no trained one")
-    require(config.reference_noise == -1 or config.reference_noise >= 0, "reference_noise",
-            "a fraction from 0 to 1, or -1")
     unread = "label_noise" if config.task == "image_text" else "caption_noise"
     require(config[unread] == -1, unread, f"-1, since --task={config.task} does not read it")
     require("held_out" not in config.arms or config.reference == "held_out", "reference",
@@ -608,8 +606,9 @@ def main():
     run = train.Run(config, {"split": source.fingerprint, "eval_split": test_source.fingerprint})
     arms = {arm: make_arm(arm, config, learner, proxy) for arm in ("reference", *config.arms)}
     forwards = {model: make_forward(model) for model in (learner, proxy)}
-    evaluators = {model: functools.partial(evaluate, forward=forward, pool=data.Pool(test_source),
-                                           batch_size=b) for model, forward in forwards.items()}
+    test_pool = data.Pool(test_source)
+    evaluators = {model: functools.partial(evaluate, forward=forward, pool=test_pool, batch_size=b)
+                  for model, forward in forwards.items()}
     F_L, F_p = forward_flops(learner), forward_flops(proxy)
 
     def frozen_reference(seed, pool_of_reference, pool, key_init, key_steps):

@@ -23,12 +23,13 @@ HELP = {}  # title of a group -> [(flag, what --help prints of it)], in the orde
 
 class Interval(flags.ArgumentParser):
     """Reads a number that lies in an interval such as '[0, 1)', where '(' and ')' exclude the end.
-    NaN lies in none."""
+    NaN lies in none. '[0, 1] or -1' allows -1 too."""
 
     def __init__(self, kind, text):
         super().__init__()
-        self.kind, self.text = kind, text
-        self.low, self.high = (float(end) for end in text[1:-1].split(","))
+        self.kind = kind
+        self.text, self.or_minus_1, _ = text.partition(" or -1")
+        self.low, self.high = (float(end) for end in self.text[1:-1].split(","))
         noun = "a whole number" if kind is int else "a number"
         self.syntactic_help = f"{noun} in {text}"
 
@@ -39,7 +40,7 @@ class Interval(flags.ArgumentParser):
             raise ValueError(f"want {self.syntactic_help}") from None
         above = value >= self.low if self.text[0] == "[" else value > self.low
         below = value <= self.high if self.text[-1] == "]" else value < self.high
-        if not (above and below):
+        if not (above and below or self.or_minus_1 and value == -1):
             raise ValueError(f"want {self.syntactic_help}")
         return value
 
@@ -97,7 +98,7 @@ def define_shared(script, *, toy, toy_noise):
               f"{toy['image_size']} for toy")
     for name, of in toy_noise.items():
         what = name.partition("_")[0]
-        f.number(name, -1.0, "[-1, 1]", f"fraction of the training pool whose {what} is exchanged "
+        f.number(name, -1.0, "[0, 1] or -1", f"fraction of the training pool whose {what} is exchanged "
                  f"for another example's; -1: {of:g} for toy, 0 for any other data set")
     f.integer("toy_examples", toy["examples"], "[1, inf)", "toy: size of the training pool")
     f.number("toy_tail", toy["tail"], "[0, 10]", "toy: Zipf exponent of the class sizes; 0: "
@@ -209,7 +210,6 @@ def require_warmup(config, *steps):
 
 def planted(config, flag, toy):
     """The noise to plant: the flag's value, or, if that is -1, `toy` in toy and none elsewhere."""
-    require(config, config[flag] == -1 or config[flag] >= 0, flag, "a fraction from 0 to 1, or -1")
     return config[flag] if config[flag] >= 0 else toy * (config.dataset == "toy")
 
 
