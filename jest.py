@@ -8,10 +8,13 @@ pair is worth depends on the others of its batch. JEST therefore chooses a batch
   4. draw a sub-batch T of b pairs in chunks. Candidate i, not in T, is drawn with probability
      softmax(gain * (S[i,i] + sum over j in T of S[i,j] + S[j,i]))            `jointly_sample`
   5. update the learner on T by the ordinary contrastive loss, unweighted     `update`
+The sum in 4 is what i adds to the score of T, the sum of S over all pairs of T (section 3.2). The
+paper found importance weights in 5 to hurt (A.2).
+
 `score_matrix` and `jointly_sample_dense` are 3 and 4 in the paper's form. They are there to be
-read; `jointly_sample` makes the same picks. With the softmax loss 3 and 4 are
+read; `jointly_sample` makes the same picks, up to rounding. With the softmax loss 3 and 4 are
 `jointly_sample_softmax` (Algorithm 3). Flexi-JEST scores with coarser patches, and trains half of T
-with them (`at_patch`, `embed_flexi`). `step_flops` counts the FLOPs of a step.
+with them (`at_patch`, `embed_flexi`). Only the learner's images are scored coarsely. `step_flops` counts the FLOPs of a step.
 
 The reference is trained before the learner, on a small curated part of the pool or on another data
 set (`frozen_reference` in `main`), or it is loaded: a checkpoint, or a published SigLIP. By default
@@ -46,7 +49,7 @@ METHODS = ("uniform", *SELECTS, "curated")  # curated: the learner on the curate
 # score -> the sign of each model's loss in it (section 3.1)
 SCORES = {"learnability": {"learner": 1, "reference": -1}, "easy_reference": {"reference": -1},
           "hard_learner": {"learner": 1}}
-# arm -> (method, score); a method that selects does so by learnability if its name says no other
+# arm -> (method, score); without a score in its name a method selects by learnability
 ARMS = {m: (m, "learnability") for m in METHODS} | {
     f"{m}_{score}": (m, score) for m in SELECTS for score in SCORES}
 TOY = {"image_size": 16, "examples": 50_000, "tail": 0.0, "radius": 0.4, "domains": 0}
@@ -256,8 +259,8 @@ def score_matrix(kind, models):
 
 
 def jointly_sample_dense(key, score_BB, n_select, n_chunks=16, *, score_gain=100.0):
-    """Algorithm 1 on the whole matrix S, written to be read. `jointly_sample` makes the same picks
-    without the matrix. The tests hold both to a slow form in float64.
+    """Algorithm 1 on the whole matrix S, written to be read. `jointly_sample` makes the same picks,
+    up to rounding, without the matrix. The tests hold both to a slow form in float64.
 
     The first chunk is drawn by the self-scores S[i,i], as section 3.2 says. (The printed
     pseudo-code draws it uniformly.) All members of a chunk are drawn from the same logits, so none
@@ -295,9 +298,9 @@ def draw(key, logits_B, taken_B, size):
     Each is drawn with probability softmax(logits) among the candidates that are left. Adding Gumbel
     noise and taking the largest does exactly that, and never takes an exponential of a logit, which
     at a gain of 100 would overflow. Candidates in `taken_B` are never drawn; at least `size` others
-    must be left. A logit that is NaN is drawn last, where top_k would take it first.
+    must be left. A logit that is NaN or -inf is drawn last. (top_k would take NaN first.)
     """
-    logits_B = jnp.nan_to_num(logits_B.astype(jnp.float32), nan=-1e30)
+    logits_B = jnp.nan_to_num(logits_B.astype(jnp.float32), nan=-1e30, neginf=-1e30)
     logits_B += jax.random.gumbel(key, logits_B.shape)
     return jax.lax.top_k(jnp.where(taken_B, -jnp.inf, logits_B), size)[1]
 
@@ -353,9 +356,9 @@ def positive_term(embeddings, loss):
 
 
 def over_chunk(reduce, embeddings, chunk, tile):
-    """`reduce` over the members j of a chunk, for each candidate i under one model, [N]: of
-    t image_i.text_j, and of t text_i.image_j. No candidate that is still left is a member, so all
-    of these pairs are negatives."""
+    """Two arrays [N], under one model. For each candidate i they are `reduce` over the members j of
+    a chunk: of the logits t image_i.text_j, and of the logits t text_i.image_j. No candidate that
+    is still left is a member, so all of these pairs are negatives."""
     def of_rows(x_NE, y_CE):
         # full precision: the gain turns an error of 0.001 in a score into one of 0.1 in a logit
         logits_C = lambda x_E: jnp.exp(embeddings["log_t"]) * jnp.einsum(
@@ -376,7 +379,7 @@ def draw_in_chunks(key, models, n_select, n_chunks, score_N, add_chunk, *, score
     """
     everyone = {name: {k: gather(embeddings[k], axis) for k in ("image", "text")}
                 for name, embeddings in models.items()}
-    picks, taken_B, sums = [], jnp.zeros(len(gather(score_N, axis)), bool), None
+    picks, taken_B, sums = [], gather(jnp.zeros_like(score_N, bool), axis), None
     for k, size in enumerate(chunk_sizes(n_select, n_chunks)):
         if k:  # the last chunk is never added: nothing is drawn after it
             chunk = jax.tree.map(lambda x_BE: x_BE[picks[-1]], everyone)
@@ -534,6 +537,14 @@ class Method:
     low_patch: int = 0  # the coarse patch of flexi_jest; 0 for the others
     cotrain: bool = True
 
+    @property
+    def selects(self):
+        return self.name in SELECTS
+
+    @property
+    def needs_reference(self):
+        return self.selects and "reference" in SCORES[self.kind]
+
 
 def embed_both(state, batch_N, method, model, reference_model, *, low_patch=0):
     """{'learner', 'reference'} -> the embeddings, as far as the score needs them. With `low_patch`
@@ -571,11 +582,10 @@ def train_step(state, index, key, batch_N, *, method, model, reference_model, op
     truth_B = {k: gather(v, AXIS) for k, v in batch_N.items() if v.dtype == bool}
     batch_S = {k: batch_N[k] for k in ("image", "tokens")}
     pick_S, state, metrics = jnp.arange(method.batch_size), dict(state), {}
-    if method.name != "uniform":
+    if method.selects:
         models = embed_both(state, batch_N, method, model, reference_model,
                             low_patch=method.low_patch)
-        # In the super-batch's order, which is random: flexi_jest takes every second row, and in the
-        # order of the draw that would be no random half.
+        # Sorted, so that flexi_jest's [::2] is a random half: the first ones drawn score highest.
         pick_S = jnp.sort(select(jax.random.fold_in(key, index), models, method, model.loss))
         batch_S = {k: devices.take(v, pick_S) for k, v in batch_S.items()}
         metrics["pick"] = pick_S
@@ -606,7 +616,7 @@ def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chun
       flexi_jest with A = 0.28, the paper's                         111 %, which it prints as 110
     This code runs the forward again. `reuse` bills as if it did not; for flexi_jest it changes
     nothing, since the paper's bill reuses nothing there. A is computed from the two models, never
-    quoted: 0.28 holds for 16 text tokens, with 64 it is 0.39.
+    quoted: for B/16 and B/32 at 256 px it is 0.29 with 16 text tokens and 0.39 with SigLIP's 64.
 
     Args:
       F, F_low: `forward_flops` of the learner at its full and at its coarse patch.
@@ -614,7 +624,7 @@ def step_flops(method, kind, batch_size, B, F, *, F_low=0, F_reference=0, n_chun
       embed, embed_reference: E of the learner and of the reference; 0: as the learner's.
     """
     b, flexi = batch_size, method == "flexi_jest"
-    scores = method != "uniform"
+    scores = method in SELECTS
     reused = b if reuse and not flexi else 0
     return {
         "learner": 3 * b * (F + F_low) // 2 if flexi and cotrain else 3 * b * F,  # b is even
@@ -717,13 +727,14 @@ def diagnose(state, key, batch_N, *, method, model, reference_model):
             return devices.mean(contrastive_loss({**embeddings, **rows}, model.loss, AXIS))
         return sum(sign * loss(full[name]) for name, sign in SCORES[method.kind].items())
 
-    pick_S = picks(used, "jest")
+    joint_S, independent_S = picks(used, "jest"), picks(used, "independent")
     metrics = {"score_uniform": value(jnp.arange(method.batch_size)),
-               "score_independent": value(picks(used, "independent")), "score_joint": value(pick_S)}
+               "score_independent": value(independent_S), "score_joint": value(joint_S)}
     if method.low_patch:
         metrics["rank_correlation"] = spearman(self_score_B(used), self_score_B(full))
-        metrics["pick_overlap"] = jnp.isin(pick_S, picks(full, "jest")).mean()
-    return metrics, self_score_B(used), picks(used, method.name)
+        metrics["pick_overlap"] = jnp.isin(joint_S, picks(full, "jest")).mean()
+    own_S = independent_S if method.name == "independent" else joint_S
+    return metrics, self_score_B(used), own_S
 
 
 def spearman(x_B, y_B):
@@ -764,8 +775,8 @@ def check(config):
     n = jax.device_count()
     require(super_batch_size(config) % n == 0, "filter_ratio", "a super-batch, batch_size / (1 - "
             f"filter_ratio), that divides over {n} devices")
-    require("flexi_jest" not in methods or config.batch_size % (2 * n) == 0, "batch_size",
-            f"a multiple of {2 * n}: flexi_jest halves each device's share")
+    require("flexi_jest" not in methods or not config.cotrain or config.batch_size % (2 * n) == 0,
+            "batch_size", f"a multiple of {2 * n}: flexi_jest halves each device's share")
 
 
 def build_model(config, flag, source, vocab):
@@ -827,10 +838,12 @@ def iteration_cost(name, cost, cost_if_reused, uniform_cost):
     """A line on what an iteration of an arm costs relative to uniform's. The costs are bills of
     `step_flops`. Forwards of the reference are left out, as in the paper; the sampler is in."""
     total = lambda bill: flops.total_flops(bill, "foundation_dataset")
-    once, reused = (f"{100 * total(c) / total(uniform_cost):.0f} %" for c in (cost, cost_if_reused))
+    as_run, if_reused = (f"{100 * total(c) / total(uniform_cost):.0f} %"
+                         for c in (cost, cost_if_reused))
     # they are equal for flexi_jest, and where the learner does not score (easy_reference)
-    aside = f" ({reused} if the forward of what is picked were reused)" if reused != once else ""
-    return (f"an iteration of {name} costs {once} of uniform's{aside}; the sampler is "
+    aside = (f" ({if_reused} if the forward of what is picked were reused)"
+             if if_reused != as_run else "")
+    return (f"an iteration of {name} costs {as_run} of uniform's{aside}; the sampler is "
             f"{100 * cost['selection'] / total(cost):.1f} % of it")
 
 
@@ -965,33 +978,34 @@ def main():
             curated = curated.replant(config.reference_noise)
         key_init, key_reference, key_steps = jax.random.split(jax.random.key(seed), 3)
         frozen = None
-        if any(arm.method.name != "uniform" and "reference" in SCORES[arm.method.kind]
-               for arm in arms.values()):
+        if any(arm.method.needs_reference for arm in arms.values()):
             frozen = frozen_reference(seed, curated, train_pool, key_reference, key_steps)
 
         for name in config.arms:
             arm = arms[name]
-            selects = arm.method.name != "uniform"
+            selects = arm.method.selects
             state = {"learner": new_state(key_init, model, arm.optimiser)}
             cached, setup, look = None, train.Totals(), None
-            if selects and "reference" in SCORES[arm.method.kind]:
+            if arm.method.needs_reference:
                 params, cached, setup = frozen
                 state["reference"] = logit_scale_and_bias(params) if cached else params
-            # Uniform has the whole pool. The others do without the curated part, or train on it.
-            pool, n = (train_pool, B) if selects else (curated if name == "curated" else whole, b)
+            pool, n = whole, b  # uniform has the whole pool
+            if selects:
+                pool, n = train_pool, B  # without the curated part
+            elif name == "curated":
+                pool = curated
             load = functools.partial(load_batches, pool, seed, n, cached=cached, selects=selects)
             if selects:  # diagnosed on the super-batch after the last step
                 after = next(load(arm.steps + 1, arm.steps))
                 look = lambda state, arm=arm, after=after: jax.device_get(
-                    arm.look(state, key_steps, after))
+                    arm.look(state, jax.random.fold_in(key_steps, arm.steps), after))
                 counts[name, seed] = picks.Counts(pool, seed, n)
             stage = run.stage(name, seed, arm.steps, spent=setup, counts=counts.get((name, seed)))
             state = train_stage(stage, state, arm.step, key_steps,
                                 functools.partial(load, arm.steps), evaluator(model, look),
                                 trained=b, scored=n, flops=costs[name])
-            # picks.png: of the first arm that selects, but rather of jest than of independent
-            if selects and (shown is None or (arm.method.name == "jest"
-                                              and shown["arm"] == "independent")):
+            # picks.png: of the first arm that selects jointly, or else of the first that selects
+            if selects and (shown is None or ("jest" in name and "jest" not in shown["arm"])):
                 _, score_B, pick_S = look(state)
                 shown = dict(arm=name, pool=pool, score_B=score_B, pick_S=pick_S,
                              ids=data.batch_ids(pool.ids, seed, arm.steps, B))
@@ -1000,7 +1014,7 @@ def main():
         picks.write(run.path("picks.csv"), counts)
         report.conclude(config.workdir, picks=shown)
         for name in config.arms:
-            if arms[name].method.name != "uniform":
+            if arms[name].method.selects:
                 reused = arm_cost(arms[name].method, config, model, reference_model, reuse=True)
                 uniform = step_flops("uniform", "learnability", b, B, forward_flops(model))
                 print(iteration_cost(name, costs[name], reused, uniform))
