@@ -119,6 +119,9 @@ def define_flags():
               "ends there; 0: as many as --steps")
     f.integer("batch_size", 128, "[1, inf)", "b: examples per update")
     f.number("learning_rate", 3e-3, "(0, inf)", "peak, of AdamW; linear warm-up, cosine to 0")
+    f.number("active_learning_rate", 0.0, "[0, inf)", "peak, in the arms that select and in "
+             "held_out; 0: --learning_rate. Where most captions are wrong, uniform needs a lower "
+             "peak than they")
     f.number("proxy_learning_rate", 4e-3, "[0, inf)", "peak, of the online proxy")
     f.number("reference_learning_rate", 4e-3, "(0, inf)", "peak, of the reference (paper: larger "
              "when it is online)")
@@ -527,9 +530,9 @@ def make_arm(arm, config, learner, proxy):
     method = flags.build(Method, config, arm=arm if arm in SCORES else "uniform")
     steps, peak = config.steps, config.learning_rate
     if arm in SCORES:
-        steps = config.active_steps or steps
+        steps, peak = config.active_steps or steps, config.active_learning_rate or peak
     if arm in ("held_out", "reference"):
-        steps = config.reference_steps or steps
+        steps, peak = config.reference_steps or steps, config.active_learning_rate or peak
     if arm == "reference":
         learner, peak = proxy, config.reference_learning_rate
         method = dataclasses.replace(method, label_smoothing=config.proxy_label_smoothing)
