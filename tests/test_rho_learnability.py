@@ -638,16 +638,16 @@ def test_an_arm_is_made_of_the_flags_that_are_meant_for_it(monkeypatch):
     monkeypatch.setattr(devices, "pmap", lambda fn, *_, **__: fn)
     config = flags.Namespace(
         warmup=0.1, weight_decay=0.2, proxy_learning_rate=0.3, reference_learning_rate=0.4,
-        learning_rate=0.8, batch_size=8, label_smoothing=0.9, proxy_label_smoothing=0.5,
-        score_gain=0.6, sampling="replacement", staleness=7, score_view="train", augment="shift",
-        steps=20, active_steps=9, reference_steps=5)
+        learning_rate=0.8, active_learning_rate=0.7, batch_size=8, label_smoothing=0.9,
+        proxy_label_smoothing=0.5, score_gain=0.6, sampling="replacement", staleness=7,
+        score_view="train", augment="shift", steps=20, active_steps=9, reference_steps=5)
     rest = dict(warmup=0.1, weight_decay=0.2)
     settings = dict(batch_size=8, score_gain=0.6, sampling="replacement", staleness=7,
                     score_view="train", augment="shift", label_smoothing=0.9,
                     proxy_label_smoothing=0.5)
     for arm, steps, peak, learner, changed in (
-            ("uniform", 20, 0.8, "L", {}), ("learnability", 9, 0.8, "L", {}),
-            ("rho_loss", 9, 0.8, "L", {}),
+            ("uniform", 20, 0.8, "L", {}), ("learnability", 9, 0.7, "L", {}),
+            ("rho_loss", 9, 0.7, "L", {}), ("held_out", 5, 0.7, "L", {"arm": "uniform"}),
             ("reference", 5, 0.4, "p", {"arm": "uniform", "label_smoothing": 0.5})):
         made = rho.make_arm(arm, config, "L", "p")
         rules = {"learner": (peak, steps, rest), "proxy": (0.3, steps, rest),
@@ -656,6 +656,8 @@ def test_an_arm_is_made_of_the_flags_that_are_meant_for_it(monkeypatch):
         assert made.step.keywords == dict(
             method=rho.Method(**{"arm": arm, **settings, **changed}), learner=learner, proxy="p",
             optimisers=rules)
+    config.active_learning_rate = 0.0
+    assert rho.make_arm("learnability", config, "L", "p").optimisers["learner"][0] == 0.8
 
 
 @pytest.mark.parametrize("arm", ["learnability", "easy_reference", "hard_learner", "rho_loss"])
