@@ -14,7 +14,8 @@ paper found importance weights in 5 to hurt (A.2).
 `score_matrix` and `jointly_sample_dense` are 3 and 4 in the paper's form. They are there to be
 read; `jointly_sample` makes the same picks, up to rounding. With the softmax loss 3 and 4 are
 `jointly_sample_softmax` (Algorithm 3). Flexi-JEST scores with coarser patches, and trains half of T
-with them (`at_patch`, `embed_flexi`). Only the learner's images are scored coarsely. `step_flops` counts the FLOPs of a step.
+with them (`at_patch`, `embed_flexi`). Only the learner's images are cut coarsely, not its texts and
+nothing of the reference's. `step_flops` counts the FLOPs of a step.
 
 The reference is trained before the learner, on a small curated part of the pool or on another data
 set (`frozen_reference` in `main`), or it is loaded: a checkpoint, or a published SigLIP. By default
@@ -183,8 +184,8 @@ def embed_image(params, image_NHWC, model):
 
 
 def unit(x_NE):
-    """Rows of length 1. The small number is under the root, where it keeps the gradient of a row
-    of zeros finite."""
+    """Rows of length 1. The small number under the root keeps the gradient of a row of zeros
+    finite."""
     return x_NE * jax.lax.rsqrt(jnp.square(x_NE).sum(-1, keepdims=True) + 1e-12)
 
 
@@ -950,7 +951,7 @@ def main():
                                 evaluator(reference_model), trained=b, scored=b,
                                 flops={"reference_training": 3 * b * F_reference})
             params, cost = state["learner"]["params"], stage.totals
-        setup = train.Totals(setup_seconds=cost.seconds,
+        setup = train.Totals(setup_seconds=cost.seconds + cost.setup_seconds,
                              flops={"reference_training": sum(cost.flops.values())})
         if config.reference_scores == "computed":
             return params, None, setup

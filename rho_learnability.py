@@ -15,22 +15,21 @@ of amortisation each charge some of the roles: `LEVELS` in common/flops.py.
 There are two tasks. In classification (ClassAct) l_act is the cross-entropy. In image-text training
 (ActiveCLIP, ActiveSigLIP) l_act is -z_im.z_txt, while the models train on a contrastive loss. The
 arm `rho_loss` is the method's ancestor (Mindermann et al., 2206.07137): the learner itself scores,
-and the b highest are taken. The bill's 'actor' is whatever scores: the proxy, or here the learner.
+and the b highest are taken. In the bill, 'actor' is the model that scores: the proxy or the
+learner.
 
 Dimension letters: B super-batch, N a device's share of it, S sub-batch (b) or a device's share of
 it, A all rows of a batch on all devices, C classes (in NHWC: channels), E embedding, T tokens,
 H W image.
 
 A minute on two CPU cores:  python rho_learnability.py
-The paper's setting, small: --arms=uniform,learnability --reference=in_domain --ratio=2
-                            --score_gain=1 --reference_steps=0
-The measurements:           --preset=fashion_mnist --dataset=path/to/fashion_mnist/3.0.1; all
-                            commands are in docs/results.md
-The paper's model sizes:    python rho_learnability.py --preset=classact_L, or activeclip_B
-                            (generated images, a short schedule: give --dataset and --steps)
+The measurements:           docs/results.md has all commands
+The paper's model sizes:    python rho_learnability.py --preset=classact_L, or activeclip_B. They
+                            have the paper's ratio and reference too, on generated images and a
+                            short schedule: give --dataset and --steps
 
-Where the paper is silent there is a flag (sampling, score gain, scored view, staleness). Where we
-differ from it is listed in docs/differences.md.
+Where the paper is silent there is a flag, for the sampling, the score gain, the scored view and the
+age of the proxy's weights among others. docs/differences.md lists them, and where we differ.
 """
 
 import dataclasses
@@ -181,8 +180,8 @@ def outputs(params, batch, model):
 
 
 def unit(x_NE):
-    """Rows of length 1. The small number is under the root, where it keeps the gradient of a row
-    of zeros finite."""
+    """Rows of length 1. The small number under the root keeps the gradient of a row of zeros
+    finite."""
     return x_NE * jax.lax.rsqrt(jnp.square(x_NE).sum(-1, keepdims=True) + 1e-12)
 
 
@@ -210,13 +209,13 @@ def score(kind, loss_B):
 
 
 def select(key, score_B, n, score_gain=1.0, sampling="gumbel"):
-    """Indices [n] into the super-batch. They are sorted, so that with ratio 1 the sub-batch is the
-    super-batch unchanged. Requires n <= B, and the same key on every device.
+    """Indices [n] into the super-batch, sorted. The key must be the same on every device.
 
-    'gumbel' draws n without replacement. Each draw has the probabilities softmax(gain * score) over
-    those that are left. Taking the n largest of gain * score + Gumbel noise does exactly that.
-    'replacement' makes n independent draws. 'topk' takes the n highest scores, which is the limit
-    of large gains. A score that is NaN is picked last, where top_k would pick it first.
+    'gumbel' draws n <= B without replacement. Each draw has the probabilities softmax(gain * score)
+    over those that are left. Taking the n largest of gain * score + Gumbel noise does exactly that.
+    With n = B the super-batch comes out unchanged. 'replacement' makes n independent draws. 'topk'
+    takes the n highest scores, which is the limit of large gains. A score that is NaN is picked
+    last, where top_k would pick it first.
     """
     if sampling not in ("gumbel", "replacement", "topk"):
         raise ValueError(f"sampling {sampling!r}: want 'gumbel', 'replacement' or 'topk'")
@@ -297,7 +296,7 @@ def adamw(peak, steps, *, warmup=0.05, weight_decay=1e-4):
 
 def augment(key, index_N, image_NHWC, kind):
     """A random view of each image. It depends only on `key` and on the image's index in the
-    super-batch, so that any number of devices draws the same."""
+    super-batch, and not on the number of devices."""
     if kind not in ("none", "shift", "shift_flip"):
         raise ValueError(f"kind {kind!r}: want 'none', 'shift' or 'shift_flip'")
     if kind == "none":
@@ -350,24 +349,22 @@ def train_step(state, index, key, batch_N, *, method, learner, proxy, optimisers
     """
     key_select, key_view = jax.random.split(jax.random.fold_in(key, index))
     truth_B = {k: gather(v) for k, v in batch_N.items() if v.dtype == bool}
-    batch_N = {k: v for k, v in batch_N.items() if v.dtype != bool}
-    if method.score_view == "train":
-        batch_N["image"] = augment(key_view, devices.places(batch_N["image"]), batch_N["image"],
-                                   method.augment)
+    clean_N = {k: v for k, v in batch_N.items() if v.dtype != bool}
+    view_N = {**clean_N, "image": augment(key_view, devices.places(clean_N["image"]),
+                                          clean_N["image"], method.augment)}
 
-    # Score the super-batch and pick. Scores are gathered from all devices, images are not.
-    pick_S, batch_S, metrics = jnp.arange(method.batch_size), batch_N, {}
+    # Uniform trains on all that it gets. The others score the super-batch and pick. Scores are
+    # gathered from all devices, images are not.
+    pick_S, batch_S, metrics = jnp.arange(method.batch_size), view_N, {}
     if method.arm != "uniform":
-        state, score_B = score_super_batch(state, batch_N, method=method, learner=learner,
-                                           proxy=proxy, optimisers=optimisers)
+        state, score_B = score_super_batch(
+            state, view_N if method.score_view == "train" else clean_N, method=method,
+            learner=learner, proxy=proxy, optimisers=optimisers)
         sampling = "topk" if method.arm == "rho_loss" else method.sampling
         pick_S = select(key_select, score_B, method.batch_size, method.score_gain, sampling)
-        batch_S = {k: devices.take(v, pick_S) for k, v in batch_N.items()}
+        batch_S = {k: devices.take(v, pick_S) for k, v in view_N.items()}
         metrics = {"score_pool": score_B.mean(), "score_pool_sd": score_B.std(),
                    "score_picked": score_B[pick_S].mean(), "score": score_B, "pick": pick_S}
-    if method.score_view == "clean":
-        batch_S["image"] = augment(key_view, pick_S[devices.places(batch_S["image"])],
-                                   batch_S["image"], method.augment)
 
     # Both models train on what was picked, and on nothing else.
     state = dict(state)
@@ -383,7 +380,8 @@ def train_step(state, index, key, batch_N, *, method, learner, proxy, optimisers
 
 def score_super_batch(state, batch_N, *, method, learner, proxy, optimisers):
     """(state, score [B]), the same on every device. The state changes where the proxy's weights are
-    kept for later (staleness), and where the reference is trained on the super-batch (online)."""
+    kept for later (staleness), and where the reference is trained on the super-batch (online): on
+    the view that is scored."""
     state, uses, loss_N = dict(state), SCORES[method.arm], {}
     if "learner" in uses:
         loss_N["learner"] = scoring_loss(outputs(state["learner"]["params"], batch_N, learner),
@@ -456,8 +454,8 @@ def evaluate(params, forward, pool, batch_size):
     """Metrics on all of a pool. forward: `make_forward` of the model.
 
     Classification: accuracy and cross-entropy. Image-text: recall at 1 and 10 of the right caption
-    from an image and of the right image from a caption, and the mean of the two. A caption that
-    reads the same as the right one is right too.
+    from an image and of the right image from a caption, the mean of the two, and its chance level.
+    A caption that reads the same as the right one is right too.
     """
     got, _ = reference.forward_all(params, forward, pool, batch_size)
     out = got["out"]
@@ -485,8 +483,10 @@ def check(config):
     flags.require_arms(config, ARMS)
     B = config.ratio * config.batch_size
     require(B.is_integer(), "ratio", f"a whole super-batch: ratio * batch_size is {B}")
+    uses_reference = any("reference" in SCORES.get(arm, ()) for arm in config.arms)
     require(config.score_view == "clean" or config.reference_scores == "computed" or
-            config.augment == "none" or config.reference == "online", "reference_scores",
+            config.augment == "none" or config.reference == "online" or not uses_reference,
+            "reference_scores",
             "'computed' with --score_view=train: a view that changes cannot be cached")
     require(config.proxy_init == "random" or (config.reference != "online" and
             "hard_learner" not in config.arms), "proxy_init",
@@ -620,14 +620,14 @@ def main():
         params, cost = given.get(seed, (None, None))
         if params is None:
             arm = arms["reference"]
-            key = jax.random.split(key_init, 3)[2]  # an online reference has it in `initial_state`
+            key = jax.random.split(key_init, 3)[2]  # that of an online one, see `initial_state`
             state = {"learner": new_state(key, proxy, arm.optimisers["learner"])}
             stage = run.stage("reference", seed, arm.steps, about=about)
             load = functools.partial(load_batches, pool_of_reference, seed, b, arm.steps)
             state = train_stage(stage, state, arm.step, key_steps, load, evaluators[proxy],
                                 trained=b, scored=b, flops={"reference_training": 3 * b * F_p})
             params, cost = state["learner"]["params"], stage.totals
-        setup = train.Totals(setup_seconds=cost.seconds,
+        setup = train.Totals(setup_seconds=cost.seconds + cost.setup_seconds,
                              flops={"reference_training": sum(cost.flops.values())})
         if config.reference_scores == "computed":
             return params, None, setup
@@ -664,7 +664,7 @@ def main():
             state = initial_state(name, key_init, learner, proxy, arm.optimisers,
                                   reference_scores=kind, params=params,
                                   proxy_init=config.proxy_init, staleness=config.staleness)
-            # The baseline has the whole pool: a part that is held out is a cost of the method.
+            # Uniform has the whole pool: a part that is held out is a cost of the method.
             pool = {"uniform": whole, "held_out": pool_of_reference}.get(name, train_pool)
             n = B if selects else b
             load = functools.partial(load_batches, pool, seed, n, losses=losses, selects=selects)
