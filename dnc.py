@@ -241,7 +241,8 @@ def lars(weight_decay, *, trust=1e-3, momentum=0.9):
 
     g = gradient + weight_decay w, u = trust |w| / |g| g, m = momentum m + u. Where |w| or |g| is 0,
     u = g. Only kernels, the leaves named 'w' of nested dicts, have decay and trust ratio. For
-    biases and batch norms u is the gradient.
+    biases and batch norms u is the gradient. m is to be subtracted: with `optax.apply_updates`,
+    chain this with `optax.scale_by_learning_rate(rate)`, which negates it.
     """
     is_kernel = lambda params: jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "w", params)
@@ -325,8 +326,9 @@ def kmeans(key, x_ND, k, *, restarts=10, iterations=20, tile=4096):
     be one centre only. It runs on one device, whose memory holds x and the distances of one `tile`
     of points, never all distances.
     """
+    x_ND = jnp.asarray(x_ND, jnp.float32)
     mean_D = x_ND.mean(0)  # distances lose fewest digits where the points lie around 0
-    x_ND = jnp.asarray(x_ND - mean_D)
+    x_ND -= mean_D
 
     def once(key):
         draw_KJ = jax.random.uniform(key, (k, n_candidates(k)))
@@ -404,7 +406,7 @@ def nearest(x_ND, centres_KD, tile=4096):
     """(index [N] of each point's nearest centre, squared distance to it [N]), a tile of points at a
     time. Of equally near centres the first counts."""
     N, K, tile = len(x_ND), len(centres_KD), min(tile, len(x_ND))
-    x_ND, centres_KD = jnp.asarray(x_ND), jnp.asarray(centres_KD)
+    x_ND, centres_KD = jnp.asarray(x_ND, jnp.float32), jnp.asarray(centres_KD, jnp.float32)
     norm_K = jnp.square(centres_KD).sum(1)
 
     def one(start):
@@ -530,7 +532,7 @@ def own_expert(experts, image_NHWC, cluster_N, model):
 
     All K experts on all images would cost K N forwards. Instead the images of a cluster are put
     into blocks, and a block goes through its expert. The blocks hold at most a quarter more than N
-    images (`block_shape`). experts: frozen encoders, stacked [K, ...].
+    images (`block_shape`). experts: frozen encoders, stacked [K, ...]. cluster_N: 0 to K - 1.
 
     Example: the clusters of 4 images are 1, 0, 1, 1, and a block has 2 slots. Expert 0 gets the
     block (1, -) and expert 1 the blocks (0, 2) and (3, -). So images 0 to 3 are in slots 2, 0, 3,

@@ -212,8 +212,11 @@ def contrastive_loss(embeddings_S, loss, axis=None):
 
     Inside `pmap` with `axis` named, this returns the device's part of the loss: the mean over its
     own rows, with the negatives of all devices. The gradient of that part, averaged over the
-    devices, is the gradient of the whole loss.
+    devices, is the gradient of the whole loss. (The same holds inside `jax.shard_map` with
+    check_vma=False. With its default, gradients come out summed over the devices.)
     """
+    if loss not in ("sigmoid", "softmax"):
+        raise ValueError(f"loss {loss!r}: want 'sigmoid' or 'softmax'")
     image_SE, text_SE = embeddings_S["image"], embeddings_S["text"]
     image_AE, text_AE = gather(image_SE, axis), gather(text_SE, axis)
     begin = jax.lax.axis_index(axis) * len(image_SE) if axis else 0
@@ -253,7 +256,7 @@ def score_matrix(kind, models):
     def losses(embeddings):
         t, b = jnp.exp(embeddings["log_t"]), embeddings["b"]
         logits_BB = t * jnp.einsum("ie,je->ij", embeddings["image"], embeddings["text"],
-                                   precision="highest") + b
+                                   precision="highest", preferred_element_type=jnp.float32) + b
         label_BB = 2 * jnp.eye(len(logits_BB)) - 1
         return -jax.nn.log_sigmoid(label_BB * logits_BB)
     return sum(sign * losses(models[name]) for name, sign in SCORES[kind].items())
@@ -273,6 +276,8 @@ def jointly_sample_dense(key, score_BB, n_select, n_chunks=16, *, score_gain=100
 
     Returns: indices [n_select] in the order drawn.
     """
+    if n_select > len(score_BB):
+        raise ValueError(f"n_select = {n_select}: there are only {len(score_BB)} candidates")
     dot = functools.partial(jnp.dot, precision="highest")
     drawn_B = jnp.zeros(len(score_BB))  # 1 for the members of T
     picks = []
@@ -289,6 +294,8 @@ def jointly_sample_dense(key, score_BB, n_select, n_chunks=16, *, score_gain=100
 def chunk_sizes(n_select, n_chunks):
     """n_chunks sizes that add up to n_select exactly and differ by one at most. Whole numbers only:
     in floating point int(163840 * (1 - 0.8) / 16) is 2047, one short."""
+    if not 1 <= n_chunks <= n_select:
+        raise ValueError(f"{n_chunks} chunks: want 1 to n_select = {n_select}")
     edges = [k * n_select // n_chunks for k in range(n_chunks + 1)]
     return [end - begin for begin, end in zip(edges, edges[1:])]
 
@@ -352,7 +359,8 @@ def positive_term(embeddings, loss):
     """The loss of each pair by itself under one model, [N]: -log sigmoid(t z_i.z_i + b) for the
     sigmoid loss, -t z_i.z_i for the softmax loss."""
     logits_N = jnp.exp(embeddings["log_t"]) * jnp.einsum(
-        "ne,ne->n", embeddings["image"], embeddings["text"], precision="highest")
+        "ne,ne->n", embeddings["image"], embeddings["text"], precision="highest",
+        preferred_element_type=jnp.float32)
     return jax.nn.softplus(-logits_N - embeddings["b"]) if loss == "sigmoid" else -logits_N
 
 
@@ -363,7 +371,7 @@ def over_chunk(reduce, embeddings, chunk, tile):
     def of_rows(x_NE, y_CE):
         # full precision: the gain turns an error of 0.001 in a score into one of 0.1 in a logit
         logits_C = lambda x_E: jnp.exp(embeddings["log_t"]) * jnp.einsum(
-            "ce,e->c", y_CE, x_E, precision="highest")
+            "ce,e->c", y_CE, x_E, precision="highest", preferred_element_type=jnp.float32)
         # one matrix product for each tile of rows
         return jax.lax.map(lambda x_E: reduce(logits_C(x_E)), x_NE, batch_size=tile)
     return of_rows(embeddings["image"], chunk["text"]), of_rows(embeddings["text"], chunk["image"])
@@ -381,6 +389,8 @@ def draw_in_chunks(key, models, n_select, n_chunks, score_N, add_chunk, *, score
     everyone = {name: {k: gather(embeddings[k], axis) for k in ("image", "text")}
                 for name, embeddings in models.items()}
     picks, taken_B, sums = [], gather(jnp.zeros_like(score_N, bool), axis), None
+    if n_select > len(taken_B):
+        raise ValueError(f"n_select = {n_select}: there are only {len(taken_B)} candidates")
     for k, size in enumerate(chunk_sizes(n_select, n_chunks)):
         if k:  # the last chunk is never added: nothing is drawn after it
             chunk = jax.tree.map(lambda x_BE: x_BE[picks[-1]], everyone)

@@ -202,7 +202,7 @@ def scoring_loss(out, batch):
     contrastive loss of a pair would depend on the rest of the batch.
     """
     if isinstance(out, tuple):
-        return -jnp.einsum("ne,ne->n", *out)
+        return -jnp.einsum("ne,ne->n", *out, preferred_element_type=jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(out, batch["label"])
 
 

@@ -522,6 +522,13 @@ def test_more_centres_than_different_points():
     assert np.isfinite(centres).all() and float(inertia) < 1e-6
 
 
+def test_points_in_bfloat16_are_clustered_in_float32():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(500, 3)), jnp.bfloat16)
+    for got, want in zip(*(dnc.kmeans(jax.random.key(0), y, 4, restarts=2)
+                           for y in (x, x.astype(jnp.float32)))):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_memory_is_a_tile_s_not_the_product_s():
     n, k = 20_000, 500
     compiled = jax.jit(lambda key, x: dnc.kmeans(key, x, k, restarts=1, tile=256)[1]).lower(

@@ -615,3 +615,36 @@ def test_first_weights():
         jax.random.key(0))
     assert float(params["b"]) == -10 and float(jnp.exp(params["log_t"])) == pytest.approx(10)
     assert "b" not in jax.eval_shape(lambda: jest.init(jax.random.key(0), tiny("softmax")))
+
+
+@pytest.mark.parametrize("n_select, n_chunks", [(17, 4), (4, 5), (4, 0)])
+def test_a_sampler_refuses_what_it_cannot_draw(n_select, n_chunks):
+    """More picks than candidates, or chunks without a pick."""
+    x = np.eye(16, 4, dtype=np.float32)
+    models = {name: {"image": x, "text": x, "log_t": 0.0, "b": 0.0}
+              for name in ("learner", "reference")}
+    key = jax.random.key(0)
+    for sample in (jest.jointly_sample, jest.jointly_sample_softmax):
+        with pytest.raises(ValueError, match="n_select"):
+            sample(key, models, n_select, n_chunks)
+    with pytest.raises(ValueError, match="n_select"):
+        jest.jointly_sample_dense(key, x @ x.T, n_select, n_chunks)
+
+
+def test_a_loss_of_another_name_is_refused():
+    x = np.eye(4, dtype=np.float32)
+    with pytest.raises(ValueError, match="'siglip': want 'sigmoid' or 'softmax'"):
+        jest.contrastive_loss({"image": x, "text": x, "log_t": 0.0, "b": 0.0}, "siglip")
+
+
+def test_bfloat16_embeddings_are_scored_in_float32():
+    rng = np.random.default_rng(0)
+    half = lambda: jnp.asarray(rng.normal(size=(32, 8)) / 3, jnp.bfloat16)
+    models = {name: {"image": half(), "text": half(), "log_t": jnp.log(10.0), "b": -10.0}
+              for name in ("learner", "reference")}
+    whole = {name: {**m, **{k: m[k].astype(jnp.float32) for k in ("image", "text")}}
+             for name, m in models.items()}
+    for sample in (jest.jointly_sample, jest.jointly_sample_softmax):
+        picks = [sample(jax.random.key(1), m, 16, 4).tolist() for m in (models, whole)]
+        assert picks[0] == picks[1]
+    assert jest.score_matrix("learnability", models).dtype == jnp.float32
