@@ -827,6 +827,7 @@ class Experiment:
                        for pool in (self.pool, self.test_pool))
         metrics = probe.knn_metrics(train, test, self.n_classes)
         if ends:
+            logging.info("fitting the linear probe")
             metrics |= probe.linear_metrics(train, test, self.n_classes)
             metrics |= {} if nmi is None else {"nmi": nmi}
         return metrics
@@ -931,6 +932,7 @@ def main():
         report.conclude(config.workdir, clusters=shown)
         print("", batches_seen(run.metrics.rows()), sep="\n")
         if source.image_shape[0] <= 32:  # at 224 px it would have 150,528 inputs
+            logging.info("fitting the linear probe on pixels")
             got = probe.linear_metrics(pixels(pool, b), pixels(test_pool, b), n_classes)
             print("linear probe on pixels:", ", ".join(f"{k} {v:.3f}" for k, v in got.items()
                                                        if v is not None))

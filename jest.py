@@ -123,7 +123,7 @@ def define_flags():
     f.text("prompt", "a {}", "zero-shot caption of a class, where the data has labels")
 
     f = flags.Group("Optimisation")
-    f.integer("steps", 500, "[1, inf)", "updates of the learner")
+    f.integer("steps", 500, "[1, inf)", "updates of uniform")
     f.integer("active_steps", 400, "[0, inf)", "updates of the arms that select, whose schedule "
               "ends there; 0: as many as --steps")
     f.integer("reference_steps", 400, "[0, inf)", "updates of the reference, and of the arm "
@@ -969,9 +969,10 @@ def main():
         embedded, file = pool, f"embeddings-{seed}.npy"
         if published:  # each image and caption of the data set once, for all seeds
             embedded, file = published_pool, "embeddings.npy"
-        array, seconds = embed_pool(run.path(file), params, reference_model,
-                                    forwards[reference_model][0], embedded, b,
-                                    stop=lambda: run.stop)
+        with run.stop.awaited():
+            array, seconds = embed_pool(run.path(file), params, reference_model,
+                                        forwards[reference_model][0], embedded, b,
+                                        stop=lambda: run.stop)
         cached = functools.partial(reference.take, array, embedded, pool)
         return params, cached, setup.plus(
             setup_seconds=seconds, flops={"reference_scoring": len(embedded) * F_reference})

@@ -120,7 +120,8 @@ def define_flags():
     f.switch("remat", False, "recompute blocks in the backward pass: memory for time")
 
     f = flags.Group("Optimisation")
-    f.integer("steps", 1000, "[1, inf)", "updates of the learner")
+    f.integer("steps", 1000, "[1, inf)", "updates of the learner (reference and held_out: "
+              "--reference_steps)")
     f.integer("active_steps", 0, "[0, inf)", "updates of the arms that select, whose schedule "
               "ends there; 0: as many as --steps")
     f.integer("batch_size", 128, "[1, inf)", "b: examples per update")

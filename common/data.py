@@ -146,12 +146,13 @@ def count_captions(source, encode, context, split, sample=1000):
     out = {"cut": fraction(lengths > context - 1), "empty": fraction(lengths == 0),
            "equal": fraction(times[c] > 1 for c in captions),
            "equal_tokens": fraction(times[c] == 1 and readings[tokens[c]] > 1 for c in captions)}
-    if any(out.values()):
-        logging.warning(
-            "captions of %s: %.1f %% are longer than %d tokens and are cut, %.1f %% are empty, "
-            "%.1f %% are equal to another one, and %.1f %% more have the same tokens as another "
-            "one (of %d looked at)", split, 100 * out["cut"], context - 1, 100 * out["empty"],
-            100 * out["equal"], 100 * out["equal_tokens"], len(captions))
+    says = {"cut": f"longer than {context - 1} tokens and are cut", "empty": "empty",
+            "equal": "equal to another one",
+            "equal_tokens": "different from all others, but with the same tokens as another one"}
+    says = [f"{100 * out[k]:.1f} % are {text}" for k, text in says.items() if out[k]]
+    if says:
+        logging.warning("captions of %s: %s (of %d looked at)", split, ", ".join(says),
+                        len(captions))
     return {"looked_at": len(captions), **out}
 
 
@@ -328,7 +329,7 @@ def check_batch(pool, batch_size, flags="--batch_size"):
     """Raises ValueError if a batch of distinct examples is larger than the pool; see `batches`."""
     if batch_size > len(pool):
         raise ValueError(f"{flags}: a batch has {batch_size} examples, and only {len(pool)} are "
-                         "there to draw it from without replacement: choose a smaller batch")
+                         "there to draw it from without replacement: choose a smaller --batch_size")
 
 
 def batches(pool, *, seed, batch_size, start, stop, host=(0, 1), wrap=False, flags="--batch_size"):

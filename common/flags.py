@@ -98,8 +98,8 @@ def define_shared(script, *, toy, toy_noise):
               f"{toy['image_size']} for toy")
     for name, of in toy_noise.items():
         what = name.partition("_")[0]
-        f.number(name, -1.0, "[0, 1] or -1", f"fraction of the training pool whose {what} is exchanged "
-                 f"for another example's; -1: {of:g} for toy, 0 for any other data set")
+        f.number(name, -1.0, "[0, 1] or -1", f"fraction of the training pool whose {what} is "
+                 f"exchanged for another example's; -1: {of:g} for toy, 0 for any other data set")
     f.integer("toy_examples", toy["examples"], "[1, inf)", "toy: size of the training pool")
     f.number("toy_tail", toy["tail"], "[0, 10]", "toy: Zipf exponent of the class sizes; 0: "
              "balanced")

@@ -203,7 +203,7 @@ def open_builder(dataset, data_dir, of):
                    tfds.builder(dataset, data_dir=data_dir and os.path.expanduser(data_dir),
                                 file_format="array_record"))
     except Exception as e:
-        raise ValueError(f"{of}: neither a TFDS name nor a prepared TFDS directory "
+        raise ValueError(f"{of}: no such directory, and no TFDS name "
                          f"({reason(e)})") from None
     if not builder.info.splits:
         raise ValueError(

@@ -278,6 +278,8 @@ def conclude(workdir, *, picks=None, clusters=None):
 
     from common import pictures  # and with it matplotlib, which takes long to import
     title = f"{script} on {dataset}: mean and sd over seeds {', '.join(map(str, seeds))}"
+    if curve_metric != metric:
+        title += f" ({curve_metric}; the {metric.replace('_', ' ')} is fitted at the end only)"
     tracks = {arm: track(with_base(rows, arm, curve_metric), curve_metric) for arm in arms}
     pictures.draw(pictures.curves, workdir / "curves.png", tracks, curve_metric, title)
     if picks:

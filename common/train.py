@@ -12,6 +12,7 @@ A script holds its own training loop around its own step:
 """
 
 import collections
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -138,17 +139,29 @@ def commit():
 
 
 class Stop:
-    """True once SIGINT or SIGTERM came; the second one ends the program at once."""
+    """True once SIGINT or SIGTERM came. The second one ends the program at once. So does the first
+    one outside `awaited`: everything that is done is on the disk there."""
 
     def __init__(self):
-        self.came = False
+        self.came, self._awaited = False, False
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self._handle)
 
+    @contextlib.contextmanager
+    def awaited(self):
+        """A loop that asks for the stop, saves what it has, and ends."""
+        self._awaited = True
+        try:
+            yield
+        finally:
+            self._awaited = False
+
     def _handle(self, number, frame):
-        if self.came:
-            sys.exit(128 + number)
-        self.came = True
+        if self._awaited and not self.came:
+            self.came = True
+            return
+        print("stopped: the same command goes on from what is saved", file=sys.stderr, flush=True)
+        flags.leave(128 + number)
 
     def __bool__(self):
         """With several hosts: whether a signal came to any of them. All must ask at the same
@@ -216,6 +229,7 @@ class Stage:
             self.step, self.totals = self._saved.latest(), Totals(**record["totals"])
             self._sums, self._n = record["sums"], record["n"]
         if self.ends:
+            logging.info("%s seed %d: already trained", self.name, self.seed)
             self._saved.close()
         elif jax.process_index() == 0:
             self._run.metrics.rewind(self.name, self.seed, self.totals.step)
@@ -235,12 +249,13 @@ class Stage:
         self._bar = tqdm.tqdm(
             total=self.steps, initial=self.step, desc=f"{self.name} seed {self.seed}", unit="ex",
             leave=False, mininterval=0.5, disable=None if jax.process_index() == 0 else True)
-        for index, batch in enumerate(load(self.step), self.step):
-            if self._since is None:
-                self._since = devices.clock()
-            yield np.int32(index), batch
-        self._saved.close()
-        self._bar.close()
+        with self._run.stop.awaited():
+            for index, batch in enumerate(load(self.step), self.step):
+                if self._since is None:
+                    self._since = devices.clock()
+                yield np.int32(index), batch
+            self._saved.close()
+            self._bar.close()
 
     def count(self, metrics, *, trained, scored, flops):
         """Call after each step, with what it cost. Metrics are read two steps late, so that the
@@ -283,7 +298,7 @@ class Stage:
         self._saved.save(self.step, self._with_counts(state), {
             "totals": dataclasses.asdict(self.totals), "sums": self._sums, "n": self._n,
             "about": self.about})
-        if stops and not self.ends:
+        if stops:
             self._saved.close()
             self._bar.close()
             raise flags.Stopped(f"stopped after step {self.step} of {self.name}, seed {self.seed}, "

@@ -261,17 +261,38 @@ def test_the_clock_counts_training_only(new_run, monkeypatch):
                                            (signal.SIGINT, signal.SIGTERM)])
 def test_a_signal_asks_for_a_stop_and_a_second_one_insists(first, second):
     stop = train.Stop()
-    assert not stop
-    os.kill(os.getpid(), first)
-    for _ in range(200):
-        if stop:
-            break
-        time.sleep(0.005)
-    assert stop and bool(stop) is True
-    with pytest.raises(SystemExit) as end:
-        os.kill(os.getpid(), second)
-        time.sleep(2)
+    with stop.awaited():
+        assert not stop
+        os.kill(os.getpid(), first)
+        for _ in range(200):
+            if stop:
+                break
+            time.sleep(0.005)
+        assert stop and bool(stop) is True
+        with pytest.raises(SystemExit) as end:
+            os.kill(os.getpid(), second)
+            time.sleep(2)
     assert end.value.code == 128 + second
+
+
+def test_a_signal_outside_a_training_loop_ends_the_program(new_run, capsys):
+    """Nothing would ask for the stop there, for minutes if a probe is fitted."""
+    run = new_run()
+    stage = run.stage("a", 0, 8)
+    loop(stage, LOSSES)
+    with pytest.raises(SystemExit) as end:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(2)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_stop_at_the_very_end_of_a_stage_is_no_later_one(new_run):
+    with pytest.raises(flags.Stopped, match="stopped after step 8 of a, seed 0"):
+        loop(new_run().stage("a", 0, 8), LOSSES, 8)
+    run = new_run()
+    loop(run.stage("a", 0, 8), LOSSES * np.nan)
+    assert [r["step"] for r in run.metrics.rows()][-1] == 8
 
 
 # --------------------------------------------------------------------------------- checkpoints
