@@ -25,7 +25,7 @@ Dimension letters: B super-batch, N a device's share of it, S sub-batch (b) or a
 it, C chunk (in class_CE: classes), A all rows of a batch on all devices, E embedding, P patch side,
 D width, H W image. T is the sub-batch so far; as a dimension, tokens.
 
-A minute on two CPU cores:  python jest.py
+Two minutes on a CPU core:  python jest.py
 The measurements:           python jest.py --preset=toy_100k; all commands are in docs/results.md
 The paper's model:          python jest.py --preset=siglip_B  (a trial, on generated images)
 

@@ -488,4 +488,4 @@ def test_presets_are_printed_and_their_values_are_valid(command):
     # as typed flags they are parsed, which presets are not; this is refused only after all of them
     for done in refusals("rho_learnability", [
             [*typed, "--dataset=nowhere/at/all"] for typed in lists]):
-        assert_refused(done, "--dataset=nowhere/at/all", "neither")
+        assert_refused(done, "--dataset=nowhere/at/all", "no such directory")
