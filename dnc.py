@@ -21,7 +21,7 @@ divided), A of all devices, E projection, D representation, K clusters, J candid
 restarts, T rows of a tile, B blocks of S slots, C classes or channels, H W image. F is FLOPs of a
 forward.
 
-Three minutes on one CPU:   python dnc.py
+Three minutes on one CPU:  python dnc.py
 The measurements:          python dnc.py --preset=wild --dataset=path/to/wild/1.0.0
 ResNet-50, 224 px:         python dnc.py --preset=imagenet_R50  (a trial, on generated images)
 
