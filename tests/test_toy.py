@@ -1,7 +1,5 @@
 """The toy world holds exactly what it says it holds."""
 
-from itertools import product
-
 import numpy as np
 import pytest
 
