@@ -276,12 +276,10 @@ def jointly_sample_dense(key, score_BB, n_select, n_chunks=16, *, score_gain=100
 
     Returns: indices [n_select] in the order drawn.
     """
-    if n_select > len(score_BB):
-        raise ValueError(f"n_select = {n_select}: there are only {len(score_BB)} candidates")
     dot = functools.partial(jnp.dot, precision="highest")
     drawn_B = jnp.zeros(len(score_BB))  # 1 for the members of T
     picks = []
-    for k, size in enumerate(chunk_sizes(n_select, n_chunks)):
+    for k, size in enumerate(chunk_sizes(len(score_BB), n_select, n_chunks)):
         # Sums over T, as matrix-vector products: masked sums over the two axes are added up wrongly
         # under jit(vmap) on a CPU (jaxlib 0.10.2).
         score_B = jnp.diag(score_BB) + dot(score_BB, drawn_B) + dot(drawn_B, score_BB)
@@ -291,9 +289,11 @@ def jointly_sample_dense(key, score_BB, n_select, n_chunks=16, *, score_gain=100
     return jnp.concatenate(picks)
 
 
-def chunk_sizes(n_select, n_chunks):
-    """n_chunks sizes that add up to n_select exactly and differ by one at most. Whole numbers only:
-    in floating point int(163840 * (1 - 0.8) / 16) is 2047, one short."""
+def chunk_sizes(B, n_select, n_chunks):
+    """n_chunks sizes that add up to n_select <= B exactly and differ by one at most. Whole numbers
+    only: in floating point int(163840 * (1 - 0.8) / 16) is 2047, one short."""
+    if n_select > B:
+        raise ValueError(f"n_select = {n_select}: there are only {B} candidates")
     if not 1 <= n_chunks <= n_select:
         raise ValueError(f"{n_chunks} chunks: want 1 to n_select = {n_select}")
     edges = [k * n_select // n_chunks for k in range(n_chunks + 1)]
@@ -389,9 +389,7 @@ def draw_in_chunks(key, models, n_select, n_chunks, score_N, add_chunk, *, score
     everyone = {name: {k: gather(embeddings[k], axis) for k in ("image", "text")}
                 for name, embeddings in models.items()}
     picks, taken_B, sums = [], gather(jnp.zeros_like(score_N, bool), axis), None
-    if n_select > len(taken_B):
-        raise ValueError(f"n_select = {n_select}: there are only {len(taken_B)} candidates")
-    for k, size in enumerate(chunk_sizes(n_select, n_chunks)):
+    for k, size in enumerate(chunk_sizes(len(taken_B), n_select, n_chunks)):
         if k:  # the last chunk is never added: nothing is drawn after it
             chunk = jax.tree.map(lambda x_BE: x_BE[picks[-1]], everyone)
             score_N, sums = add_chunk(score_N, sums, chunk)
@@ -655,7 +653,7 @@ def sampler_flops(kind, b, B, n_chunks, embed, embed_reference=0):
     costs 2 E for its product and 5 for scale, shift, softplus and sum. For each chunk, every
     candidate costs noise, a mask and about log2(B) comparisons.
     """
-    added = b - chunk_sizes(b, n_chunks)[-1]
+    added = b - chunk_sizes(B, b, n_chunks)[-1]
     width = {"learner": embed, "reference": embed_reference or embed}
     of_models = sum((2 * B * added + B) * (2 * width[name] + 5) for name in SCORES[kind])
     return of_models + n_chunks * B * (3 + max(B, 2).bit_length())
@@ -961,8 +959,7 @@ def main():
                                 evaluator(reference_model), trained=b, scored=b,
                                 flops={"reference_training": 3 * b * F_reference})
             params, cost = state["learner"]["params"], stage.totals
-        setup = train.Totals(setup_seconds=cost.seconds + cost.setup_seconds,
-                             flops={"reference_training": sum(cost.flops.values())})
+        setup = reference.training_as_setup(cost)
         if config.reference_scores == "computed":
             return params, None, setup
 

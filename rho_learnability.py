@@ -491,9 +491,8 @@ def check(config):
     flags.require_arms(config, ARMS)
     B = config.ratio * config.batch_size
     require(B.is_integer(), "ratio", f"a whole super-batch: ratio * batch_size is {B}")
-    uses_reference = any("reference" in SCORES.get(arm, ()) for arm in config.arms)
     require(config.score_view == "clean" or config.reference_scores == "computed" or
-            config.augment == "none" or config.reference == "online" or not uses_reference,
+            config.augment == "none" or not needs_frozen_reference(config),
             "reference_scores",
             "'computed' with --score_view=train: a view that changes cannot be cached")
     require(config.proxy_init == "random" or (config.reference != "online" and
@@ -508,6 +507,11 @@ def check(config):
     n = jax.device_count()
     require(round(B) % n == 0, "ratio", f"a super-batch (ratio * batch_size) that divides over {n} "
             f"devices: a multiple of {n}")
+
+
+def needs_frozen_reference(config):
+    return config.reference != "online" and any(
+        "reference" in SCORES.get(arm, ()) for arm in config.arms)
 
 
 def build_models(config, source, vocab):
@@ -635,8 +639,7 @@ def main():
             state = train_stage(stage, state, arm.step, key_steps, load, evaluators[proxy],
                                 trained=b, scored=b, flops={"reference_training": 3 * b * F_p})
             params, cost = state["learner"]["params"], stage.totals
-        setup = train.Totals(setup_seconds=cost.seconds + cost.setup_seconds,
-                             flops={"reference_training": sum(cost.flops.values())})
+        setup = reference.training_as_setup(cost)
         if config.reference_scores == "computed":
             return params, None, setup
 
@@ -659,8 +662,7 @@ def main():
             if config.reference_noise >= 0:
                 pool_of_reference = pool_of_reference.replant(config.reference_noise)
         frozen = nothing
-        if config.reference != "online" and any("reference" in SCORES.get(arm, ())
-                                                for arm in config.arms):
+        if needs_frozen_reference(config):
             frozen = frozen_reference(seed, pool_of_reference, train_pool, key_init, key_steps)
 
         for name in config.arms:

@@ -249,6 +249,8 @@ def run(main):
             if len(argv) > 1:
                 raise ValueError(f"stray argument {argv[1]!r}: flags are written --name=value")
             main()
+        except KeyboardInterrupt:  # before `train.Run` listens to signals
+            leave(end(Stopped("stopped before any work was done"), CODES[Stopped]))
         except Exception as e:
             kind = DiskError if getattr(e, "errno", None) in DISK else type(e)
             if kind not in CODES or os.environ.get("DEBUG"):

@@ -210,7 +210,7 @@ def open_builder(dataset, data_dir, of):
             f"{of}: not prepared under {builder.data_dir}. Prepare it once with "
             f"`pip install tensorflow && python -c \"import tensorflow_datasets as tfds; "
             f"tfds.builder('{dataset}', file_format='array_record').download_and_prepare()\"`, or "
-            "name its place with --data_dir")
+            "name its place with --data_dir; docs/data/make.py builds some sets without TensorFlow")
     return builder
 
 
@@ -342,7 +342,7 @@ def fit(image, side):
     """
     if not side or image.size == (side, side):
         return image
-    (width, height), scale, box = image.size, side / min(image.size), []
+    height, scale, box = image.height, side / min(image.size), []
     for length in image.size:
         resized = max(side, round(length * scale))
         first = (resized - side) // 2

@@ -49,6 +49,13 @@ def load(directory, template, about, flag="reference"):
     return params, totals
 
 
+def training_as_setup(totals):
+    """What the training of a reference adds to an arm's set-up: all of its seconds and FLOPs. If it
+    is itself an arm that selects, they include its own set-up."""
+    return train.Totals(setup_seconds=totals.seconds + totals.setup_seconds,
+                        flops={"reference_training": sum(totals.flops.values())})
+
+
 def leaves_of(tree, name=""):
     """Yields ('a b c', value) for each value that is no dict in dicts of dicts."""
     for k, v in tree.items():

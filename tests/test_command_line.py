@@ -312,6 +312,8 @@ REFUSED = {  # flags, then what the line must name: the flag or file, and the me
                                   "another size"),
     "reference of other heads": (["--reference={reference}", "--proxy=8/1/16/2"], "--reference=",
                                  "another model"),
+    "a view that changes": (["--score_view=train", "--augment=shift"], "--reference_scores",
+                            "'computed'", "--score_view=train"),
     "nothing after the warm-up": (["--warmup=0.99"], "--warmup=0.99", "less than all"),
     "unknown flag": (["--nonsense=1"], "nonsense"),
     "reference in part": (["--reference={gutted}"], "--reference=.*gutted", "damaged"),

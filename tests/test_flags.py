@@ -116,7 +116,8 @@ def test_help_shows_each_flag_in_its_group_with_range_and_default(resolve, capsy
     (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there"), 4,
      "error: [Errno 28] No space left on device: 'there': make room or give access, then the same "
      "command goes on from the last checkpoint\n"),
-    (flags.Stopped("stopped after step 3"), 130, "stopped after step 3\n")])
+    (flags.Stopped("stopped after step 3"), 130, "stopped after step 3\n"),
+    (KeyboardInterrupt(), 130, "stopped before any work was done\n")])
 def test_expected_errors_end_with_one_line_and_a_code(monkeypatch, capsys, error, code, line):
     def main():
         raise error

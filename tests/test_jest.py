@@ -221,14 +221,14 @@ def test_draws_follow_the_probabilities_of_float64(loss, score_gain):
 @given(st.integers(1, 10**6), st.data())
 def test_quotas_are_exact(b, data):
     n_chunks = data.draw(st.integers(1, min(b, 64)))
-    sizes = jest.chunk_sizes(b, n_chunks)
+    sizes = jest.chunk_sizes(b, b, n_chunks)
     assert len(sizes) == n_chunks and sum(sizes) == b
     assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
     assert sizes == slow_jest.quotas(b, n_chunks)
 
 
 def test_the_paper_s_quotas():
-    assert jest.chunk_sizes(163_840 - 163_840 * 8 // 10, 16) == [2048] * 16
+    assert jest.chunk_sizes(163_840, 163_840 - 163_840 * 8 // 10, 16) == [2048] * 16
 
 
 def test_numbers_that_are_not_are_drawn_last():

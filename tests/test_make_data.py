@@ -97,7 +97,7 @@ def emoji(tmp_path):
     entry = lambda name, code, **more: {"name": name, "unified": code, "category": "C", **more}
     listed = [entry("CAT", "1F431"), entry("FISH", "1F41F"), entry(
         "HAND", "270B-FE0F", skin_variations={"1F3FB": {"unified": "270B-1F3FB"}})]
-    red, green, clear = picture((255, 0, 0)), picture((0, 255, 0)), picture((0, 0, 255, 0))
+    red, clear = picture((255, 0, 0)), picture((0, 0, 255, 0))
     svg = b'<svg viewBox="0 0 72 72">seed 7</svg>'
     files = {
         "emoji-datasource-google": {"package/emoji.json": json.dumps(listed).encode(), **{

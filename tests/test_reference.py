@@ -40,6 +40,14 @@ def test_params_are_restored_without_the_optimiser(saved):
     assert totals == train.Totals(step=3, seconds=0.1 + 0.2, flops={"learner": 10**19})
 
 
+def test_all_that_training_a_reference_took_is_an_arm_s_setup():
+    """Also what the reference's own reference took, if it is an arm that selects."""
+    totals = train.Totals(step=9, examples_trained=8, seconds=3.0, setup_seconds=0.5,
+                          flops={"learner": 5, "reference_training": 2})
+    assert reference.training_as_setup(totals) == train.Totals(
+        setup_seconds=3.5, flops={"reference_training": 7})
+
+
 @pytest.mark.parametrize("how, words", [
     ("size", "another size"), ("missing", "no such"), ("empty", "no checkpoint"),
     ("damaged", "damaged"), ("a bit", "damaged"),

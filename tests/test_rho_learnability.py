@@ -660,6 +660,15 @@ def test_an_arm_is_made_of_the_flags_that_are_meant_for_it(monkeypatch):
     assert rho.make_arm("learnability", config, "L", "p").optimisers["learner"][0] == 0.8
 
 
+@pytest.mark.parametrize("arms, reference, needed", [
+    (["uniform", "hard_learner"], "in_domain", False), (["uniform", "held_out"], "held_out", False),
+    (["uniform", "easy_reference"], "held_out", True), (["rho_loss"], "some/checkpoint", True),
+    (["learnability"], "online", False)])
+def test_a_frozen_reference_is_trained_if_a_score_needs_one(arms, reference, needed):
+    config = flags.Namespace(arms=arms, reference=reference)
+    assert rho.needs_frozen_reference(config) == needed
+
+
 @pytest.mark.parametrize("arm", ["learnability", "easy_reference", "hard_learner", "rho_loss"])
 def test_the_scores_of_an_arm_are_its_equation_and_only_rho_asks_the_learner(arm):
     learner, proxy = pair("cross_entropy")
