@@ -78,9 +78,11 @@ def picks(tracks, average, *, pool, arm, ids, score_B, pick_S, n_images=12):
     share in the arm's pool. pool: reads the examples `ids` [B]. score_B: their scores. pick_S:
     indices of those that were picked.
     """
-    figure = Figure(figsize=(14, 8.2), layout="constrained")
+    figure = Figure(figsize=(14, 8.2 if tracks else 5.2), layout="constrained")
     figure.get_layout_engine().set(hspace=0.1)
-    above, below = figure.subfigures(2, 1, height_ratios=[1.7, 1])
+    above, below = figure, None
+    if tracks:  # of the pool it is known what is noisy, duplicate or hopeless
+        above, below = figure.subfigures(2, 1, height_ratios=[1.7, 1])
     rng = np.random.default_rng(0)
     left = np.setdiff1d(np.arange(len(ids)), pick_S)
     for axes, (title, which) in zip(above.subplots(2, n_images),
