@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import COMPILE_FAST
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".pytest_cache" / "jax"  # of compiled programs, shared by all tests and test runs
 CLOCKS = ("seconds", "setup_seconds")
@@ -71,7 +73,8 @@ class Command:
                 if k not in ("XLA_FLAGS", "DEBUG") and not k.startswith(("JAX_", "SLURM_"))}
         return Process(self.script, flags, {
             **kept, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PJRT_NPROC": "16",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # programs this small compile longer than they run
+            # programs this small compile longer than they run
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": COMPILE_FAST,
             "JAX_COMPILATION_CACHE_DIR": str(CACHE),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", **environment},
