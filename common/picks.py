@@ -1,6 +1,7 @@
 """What was taken: how often each example was offered to an arm, and how often it was picked."""
 
 import csv
+import functools
 import io
 
 import numpy as np
@@ -28,11 +29,11 @@ class Counts:
         area = noise_auc(self.arrays["offered"], self.arrays["taken"], self.noisy)
         return {} if area is None else {"noise_auc": area}
 
-    def rows(self):
-        """(id, offered, taken, the label's name or the caption that it came with) of each."""
-        describe = self.pool.source.describe
-        return zip(self.pool.ids, self.arrays["offered"], self.arrays["taken"],
-                   map(describe, self.pool.donor(self.pool.ids)))
+    def rows(self, describe):
+        """(id, offered, taken, the label's name or the caption that it came with) of each.
+        describe: (source, id) -> that text."""
+        texts = (describe(self.pool.source, i) for i in self.pool.donor(self.pool.ids).tolist())
+        return zip(self.pool.ids, self.arrays["offered"], self.arrays["taken"], texts)
 
 
 def noise_auc(offered, taken, noisy):
@@ -54,9 +55,10 @@ def noise_auc(offered, taken, noisy):
 
 def write(path, counts):
     """picks.csv: a row an example, arm and seed. counts: {(arm, seed): Counts}."""
+    describe = functools.cache(lambda source, i: source.describe(i))  # once for all arms and seeds
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(("arm", "seed", "id", "offered", "taken", "text"))
     for (arm, seed), of in counts.items():
-        writer.writerows((arm, seed, *row) for row in of.rows())
+        writer.writerows((arm, seed, *row) for row in of.rows(describe))
     files.replace(path, lines.getvalue().encode())

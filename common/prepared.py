@@ -87,9 +87,12 @@ class Split:
 
     def records(self, ids):
         """The records as bytes."""
+        one_by_one = len(ids) == 1  # __getitems__ starts threads, each time
         try:
-            records = self.raw.__getitems__([int(i) for i in ids])  # TFDS wants Python ints
+            records = () if one_by_one else self.raw.__getitems__([int(i) for i in ids])
         except Exception:  # one of them is broken: read them one by one to name it
+            one_by_one = True
+        if one_by_one:  # TFDS wants Python ints
             records = [self.named(i, "record", self.raw.__getitem__, int(i)) for i in ids]
         for i, record in zip(ids, records):
             if not record:  # of a file that was cut short
@@ -98,13 +101,19 @@ class Split:
 
     def parse(self, ids, records, *fields):
         """For each record, {field: what is stored in it} for those of the fields that it has."""
-        import tensorflow_datasets as tfds
         names = {field: self.fields[field] for field in fields if field in self.fields}
-        features = tfds.features.FeaturesDict({k: self.features[k] for k in names.values()})
-        decode = functools.partial(features.deserialize_example_np, decoders={
-            k: v for k, v in self.decoders.items() if k in features})
+        decode = self.decoder(tuple(names.values()))
         rows = [self.named(i, "record", decode, record) for i, record in zip(ids, records)]
         return [{field: row[name] for field, name in names.items()} for row in rows]
+
+    @functools.cache
+    def decoder(self, names):
+        """The function record -> {name: value} for these features. It is kept, as to make it takes
+        longer than to decode a record."""
+        import tensorflow_datasets as tfds
+        features = tfds.features.FeaturesDict({k: self.features[k] for k in names})
+        return functools.partial(features.deserialize_example_np, decoders={
+            k: v for k, v in self.decoders.items() if k in features})
 
     def named(self, i, field, function, *args):
         """function(*args). Its errors name the example and the field."""
