@@ -61,9 +61,8 @@ PRESETS = {
     "toy_100k": dict(
         arms=["uniform", "independent", "jest", "flexi_jest", "jest_easy_reference", "curated"],
         toy_examples=100_000, image_size=32, toy_radius=0.25, context=20, model="64/2/256/4",
-        reference_model="32/1/128/2", curated_fraction=0.01, steps=5000,
-        active_steps=1000, reference_steps=600, eval_every=50, learning_rate=2.5e-4,
-        active_learning_rate=2e-3),
+        reference_model="32/1/128/2", curated_fraction=0.01, steps=5000, active_steps=1000,
+        reference_steps=600, eval_every=50, learning_rate=2.5e-4, active_learning_rate=2e-3),
     # The paper's models and optimiser (A.1) on generated images. The paper's run also has
     # --batch_size=32768 --steps=91553 (3e9 pairs), a 32k sentencepiece --tokenizer (bytes cut
     # captions short) and a --reference_dataset of about 1e8 curated pairs.

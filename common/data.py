@@ -27,11 +27,11 @@ class Source:
 
     `read(ids)` -> {'image': uint8 [n, H, W, C]; if there are any, 'label': int32 [n], and 'tokens':
     int32 [n, T] with 'caption_hash': int32 [n, 2]; toy adds its planted truths}.
-    `ids` int64 [N] are all ids of the split, in rising order. `describe(id)` is an example's whole
-    caption, or its class name if it has no caption. `fingerprint` changes with the records.
+    `ids` int64 [N] are all ids of the split, in rising order. `describe(ids)` are the examples'
+    whole captions, or their class names if they have none. `fingerprint` changes with the records.
     """
 
-    def __init__(self, name, ids, read, *, class_names=(), describe=str, fingerprint=""):
+    def __init__(self, name, ids, read, *, class_names=(), describe=None, fingerprint=""):
         self.name, self.ids, self.class_names, self.describe = name, ids, class_names, describe
         self.fingerprint, self._read, self._cache, self._have = fingerprint, read, None, None
         first = read(ids[:1])
@@ -137,7 +137,7 @@ def count_captions(source, encode, context, split, sample=1000):
     context - 1 tokens; 'empty': of no token; 'equal': the same as another one's; 'equal_tokens':
     different from all others, but with the same tokens as another one after the cut}.
     """
-    captions = [source.describe(i) for i in prepared.spread(source.ids, sample)]
+    captions = source.describe(prepared.spread(source.ids, sample))
     lengths = np.array([len(encode(c)) for c in captions])
     times = collections.Counter(captions)
     tokens = {c: tokenize(c, context, encode).tobytes() for c in times}
@@ -229,7 +229,8 @@ def _toy_source(split, image_size, context, encode, knobs, flag):
     texts = world["caption"] if context else [class_names[label] for label in world["label"]]
     return Source(f"toy/{split}, {knobs_text}, {image_size} px, {context} tokens",
                   np.arange(len(texts)), lambda ids: {k: v[ids] for k, v in arrays.items()},
-                  class_names=class_names, fingerprint=sha.hexdigest(), describe=texts.__getitem__)
+                  class_names=class_names, fingerprint=sha.hexdigest(),
+                  describe=lambda ids: [texts[i] for i in ids])
 
 
 # ------------------------------------------------------------------------ what is trained on

@@ -1,7 +1,6 @@
 """What was taken: how often each example was offered to an arm, and how often it was picked."""
 
 import csv
-import functools
 import io
 
 import numpy as np
@@ -29,11 +28,10 @@ class Counts:
         area = noise_auc(self.arrays["offered"], self.arrays["taken"], self.noisy)
         return {} if area is None else {"noise_auc": area}
 
-    def rows(self, describe):
-        """(id, offered, taken, the label's name or the caption that it came with) of each.
-        describe: (source, id) -> that text."""
-        texts = (describe(self.pool.source, i) for i in self.pool.donor(self.pool.ids).tolist())
-        return zip(self.pool.ids, self.arrays["offered"], self.arrays["taken"], texts)
+    def rows(self):
+        """(id, offered, taken, the label's name or the caption that it came with) of each."""
+        return zip(self.pool.ids, self.arrays["offered"], self.arrays["taken"],
+                   self.pool.source.describe(self.pool.donor(self.pool.ids)))
 
 
 def noise_auc(offered, taken, noisy):
@@ -55,10 +53,9 @@ def noise_auc(offered, taken, noisy):
 
 def write(path, counts):
     """picks.csv: a row an example, arm and seed. counts: {(arm, seed): Counts}."""
-    describe = functools.cache(lambda source, i: source.describe(i))  # once for all arms and seeds
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(("arm", "seed", "id", "offered", "taken", "text"))
     for (arm, seed), of in counts.items():
-        writer.writerows((arm, seed, *row) for row in of.rows(describe))
+        writer.writerows((arm, seed, *row) for row in of.rows())
     files.replace(path, lines.getvalue().encode())

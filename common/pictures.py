@@ -89,10 +89,11 @@ def picks(tracks, average, *, pool, arm, ids, score_B, pick_S, n_images=12):
                                     (("takes", np.unique(pick_S)), ("leaves", left))):
         which = rng.permutation(which)[:n_images]
         which = which[np.argsort(-score_B[which])]
-        batch = pool.read(ids[which]) if len(which) else {"image": (), "noisy": ()}
+        batch, texts = {"image": (), "noisy": ()}, ()
+        if len(which):
+            batch, texts = pool.read(ids[which]), pool.source.describe(pool.donor(ids[which]))
         image_row(axes, batch["image"], title)
-        for ax, i, wrong in zip(axes, which, batch["noisy"]):
-            text = pool.source.describe(pool.donor(ids[i:i + 1])[0])
+        for ax, i, wrong, text in zip(axes, which, batch["noisy"], texts):
             ax.set_title(f"{score_B[i]:+.2f}", fontsize=9)
             ax.set_xlabel(textwrap.fill(text, 19, max_lines=5, placeholder=" ..."),
                           color=WRONG if wrong else "black", fontsize=7, parse_math=False)

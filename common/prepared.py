@@ -78,21 +78,20 @@ class Split:
                               for i, row in zip(ids, rows)]
         return out
 
-    def describe(self, i):
-        """The caption of an example, else the name of its class, else ''."""
-        (row,) = self.parse([i], self.records([i]), "label", "caption")
-        if "caption" in row:
-            return self.named(i, "caption", first_text, row["caption"])
-        return self.class_names[row["label"]] if "label" in row else ""
+    def describe(self, ids):
+        """Of each example the caption, else the name of its class, else ''."""
+        def text(i, row):
+            if "caption" in row:
+                return self.named(i, "caption", first_text, row["caption"])
+            return self.class_names[row["label"]] if "label" in row else ""
+        return [text(i, row) for some in in_parts(ids) for i, row in zip(
+            some, self.parse(some, self.records(some), "label", "caption"))]
 
     def records(self, ids):
         """The records as bytes."""
-        one_by_one = len(ids) == 1  # __getitems__ starts threads, each time
         try:
-            records = () if one_by_one else self.raw.__getitems__([int(i) for i in ids])
+            records = self.raw.__getitems__([int(i) for i in ids])  # TFDS wants Python ints
         except Exception:  # one of them is broken: read them one by one to name it
-            one_by_one = True
-        if one_by_one:  # TFDS wants Python ints
             records = [self.named(i, "record", self.raw.__getitem__, int(i)) for i in ids]
         for i, record in zip(ids, records):
             if not record:  # of a file that was cut short
@@ -101,19 +100,13 @@ class Split:
 
     def parse(self, ids, records, *fields):
         """For each record, {field: what is stored in it} for those of the fields that it has."""
+        import tensorflow_datasets as tfds
         names = {field: self.fields[field] for field in fields if field in self.fields}
-        decode = self.decoder(tuple(names.values()))
+        features = tfds.features.FeaturesDict({k: self.features[k] for k in names.values()})
+        decode = functools.partial(features.deserialize_example_np, decoders={
+            k: v for k, v in self.decoders.items() if k in features})
         rows = [self.named(i, "record", decode, record) for i, record in zip(ids, records)]
         return [{field: row[name] for field, name in names.items()} for row in rows]
-
-    @functools.cache
-    def decoder(self, names):
-        """The function record -> {name: value} for these features. It is kept, as to make it takes
-        longer than to decode a record."""
-        import tensorflow_datasets as tfds
-        features = tfds.features.FeaturesDict({k: self.features[k] for k in names})
-        return functools.partial(features.deserialize_example_np, decoders={
-            k: v for k, v in self.decoders.items() if k in features})
 
     def named(self, i, field, function, *args):
         """function(*args). Its errors name the example and the field."""
@@ -148,7 +141,7 @@ class Split:
             sizes = [os.path.getsize(path) for path in self.info.filepaths]
             sha.update(repr((self.info.num_bytes, sizes)).encode())
         labels = []
-        for some in np.split(ids, range(256, len(ids), 256)):
+        for some in in_parts(ids):
             records = self.records(some)
             for record in records:
                 sha.update(b"%d," % len(record) + record)
@@ -340,6 +333,11 @@ def eight_bits(array):
         raise ValueError(f"its {array.dtype} values go from {array.min()} to {array.max()}, and "
                          f"must be from 0 to {high}")
     return (np.rint(array * 255.0) if kind == "f" else array).astype(np.uint8)
+
+
+def in_parts(ids):
+    """ids, 256 at a time. To read one record takes nearly as long as to read so many."""
+    return np.split(ids, range(256, len(ids), 256))
 
 
 def fit(image, side):

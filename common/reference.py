@@ -124,7 +124,7 @@ def as_shown(source, model, encode, *, dataset, split, data_dir=None):
     def read(ids):
         if dataset == "toy":
             images = [siglip.preprocess(x, side) for x in source.read(ids)["image"]]
-            captions = [source.describe(i) for i in ids]
+            captions = source.describe(ids)
         else:
             got = part.read(ids)
             images, captions = got["image"], got["caption"]

@@ -253,7 +253,8 @@ def captioned_source(captions, context, encode=data.byte_ids):
     def read(ids):
         return {"image": np.zeros((len(ids), 2, 2, 3), np.uint8),
                 **data.caption_fields([captions[i] for i in ids], context, encode)}
-    return data.Source("made", np.arange(len(captions)), read, describe=captions.__getitem__)
+    return data.Source("made", np.arange(len(captions)), read,
+                       describe=lambda ids: [captions[i] for i in ids])
 
 
 def test_captions_are_told_apart_before_the_cut():
@@ -582,7 +583,7 @@ def test_a_prepared_set_is_opened_by_its_path(labelled):
     assert (got["image"] == number[:, None, None, None]).all()
     np.testing.assert_array_equal(got["label"], number % 3)
     assert source.class_names == ("a", "b", "c")
-    assert [source.describe(i) for i in source.ids] == ["abc"[i % 3] for i in number]
+    assert source.describe(source.ids) == ["abc"[i % 3] for i in number]
     # it has no caption: no tokens
     test = data.open_source(labelled, "test", image_size=4, context=9)
     assert test.image_shape == (4, 4, 3) and set(test.read(test.ids)) == {"image", "label"}
@@ -599,7 +600,7 @@ def test_a_sub_split_keeps_the_ids_of_the_whole(labelled):
         got, want = part.read(part.ids[::-1]), whole.read(part.ids[::-1])
         for k in want:
             np.testing.assert_array_equal(got[k], want[k])
-        assert part.describe(part.ids[0]) == whole.describe(part.ids[0])
+        assert part.describe(part.ids[:1]) == whole.describe(part.ids[:1])
 
 
 def test_noise_and_batches_over_a_sub_split(labelled):
@@ -624,7 +625,7 @@ def test_captions_are_found_by_name(prepare, name):
     assert set(got) == {"image", "tokens", "caption_hash"} and got["tokens"].shape == (3, 12)
     for i, number in enumerate(got["image"][:, 0, 0, 0]):
         np.testing.assert_array_equal(got["tokens"][i], data.tokenize(texts[number], 12))
-        assert source.describe(source.ids[i]) == texts[number]
+        assert source.describe(source.ids[i:i + 1]) == [texts[number]]
     with pytest.raises(ValueError, match="--image_size"):  # of no one size
         data.open_source(path, "train")
     with pytest.raises(ValueError, match="no feature 'label'"):
@@ -675,7 +676,7 @@ def test_captions_in_a_container(prepare, kind):
         "image": f.Image(shape=(8, 8, 3)), "captions": f.Sequence(
             f.Text() if kind == "none" else {"id": f.Scalar(np.int64), "text": f.Text()})}, rows)
     source = data.open_source(path, "train", context=9)
-    assert source.describe(0) == ("" if kind == "none" else "a dog")
+    assert source.describe([0]) == ["" if kind == "none" else "a dog"]
 
 
 # ------------------------------------------------------- what an image file or a tensor may hold
@@ -969,7 +970,7 @@ def test_labels_that_name_no_class_are_refused_before_any_work(prepare, caplog, 
         source = data.open_source(path, "train", flags=("dataset", "eval_split"))
     assert "label" not in source.read(source.ids) and source.class_names == ()
     assert "left out" in caplog.text and "--eval_split=train" in caplog.text
-    assert source.describe(0) == ""
+    assert source.describe([0]) == [""]
 
 
 def test_only_the_part_that_is_used_must_be_labelled(prepare):
@@ -1015,7 +1016,7 @@ def test_a_label_that_is_no_class_is_left_out(prepare, feature, value):
                               "label": feature(f)}, rows)
     source = data.open_source(path, "train", context=9, need=("caption",))
     assert set(source.read(source.ids)) == {"image", "tokens", "caption_hash"}
-    assert source.class_names == () and source.describe(0) == "a cat"
+    assert source.class_names == () and source.describe([0]) == ["a cat"]
     with pytest.raises(ValueError, match=r"\A--dataset=.*not a class.*\Z"):
         data.open_source(path, "train", need=("label",))
 
@@ -1138,11 +1139,11 @@ def test_toy_opens_both_splits():
     for k in ("image", "label", "duplicate", "hopeless"):
         np.testing.assert_array_equal(got[k], world[k][[7, 3]])
     np.testing.assert_array_equal(got["tokens"][1], data.tokenize(world["caption"][3], 90))
-    assert train.describe(3) == world["caption"][3]
+    assert train.describe([3]) == [world["caption"][3]]
     assert train.class_names == test.class_names == toy.class_names(0)
     clean = test.read(test.ids)
     assert "tokens" not in clean and not (clean["duplicate"] | clean["hopeless"]).any()
-    assert test.describe(5) == toy.class_names(0)[clean["label"][5]]
+    assert test.describe([5]) == [toy.class_names(0)[clean["label"][5]]]
     count = np.bincount(clean["label"], minlength=30)
     assert count.min() > 0.5 * count.mean()  # balanced, whatever the tail of the training pool
     # other examples than those of a training pool that is as large, clean and balanced

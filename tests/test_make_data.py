@@ -116,9 +116,9 @@ def emoji(tmp_path):
 def test_emoji_are_drawn_on_white_with_their_names(tmp_path, emoji, drawn_svg):
     path = write(tmp_path, "emoji", make.emoji(emoji))
     train, test = source(path, context=8), source(path, "test", context=8)
-    texts = collections.Counter(train.describe(i) for i in train.ids)
+    texts = collections.Counter(train.describe(train.ids))
     assert texts == {"cat": 3, "hand": 3, "hand (skin 1f3fb)": 3}
-    assert [test.describe(i) for i in test.ids] == ["cat"]
+    assert test.describe(test.ids) == ["cat"]
     (image,) = test.read(test.ids)["image"]
     assert image.shape == (64, 64, 3) and (abs(image - [0., 255, 0]) < 3).all()
     means = {tuple(image.mean((0, 1)).round()) for image in train.read(train.ids)["image"]}

@@ -323,7 +323,7 @@ def pictured_rows(steps=(0, 50, 100)):
 
 
 def pool_of(caption="a cat"):
-    source = types.SimpleNamespace(describe=lambda i: caption)
+    source = types.SimpleNamespace(describe=lambda ids: [caption for _ in ids])
     return types.SimpleNamespace(source=source, donor=lambda ids: ids, read=lambda ids: {
         "image": np.zeros((len(ids), 8, 8, 3), np.uint8), "noisy": np.asarray(ids) == 1})
 

@@ -95,11 +95,10 @@ def embeddings(params, image, tokens):
 def test_it_sees_its_own_pixels_and_tokens_and_not_the_learners(shown, source):
     ids = source.ids[[5, 0, 31]]
     got = shown.read(ids)
-    for i, image, tokens in zip(ids, got["image"], got["tokens"]):
+    for i, image, tokens, text in zip(ids, got["image"], got["tokens"], source.describe(ids)):
         stored = source.read([i])["image"][0]  # this set has images of one size
         np.testing.assert_array_equal(image, siglip.preprocess(stored, 12))
-        np.testing.assert_array_equal(tokens, siglip.tokenize(source.describe(i), encode,
-                                                              MODEL.text))
+        np.testing.assert_array_equal(tokens, siglip.tokenize(text, encode, MODEL.text))
     assert got["image"].dtype == np.uint8 and got["tokens"].shape == (3, 20)
 
 
@@ -174,12 +173,12 @@ def test_planted_noise_moves_the_embeddings_of_captions(embed_shown, params, sho
     cached = lambda ids: reference.take(array, data.Pool(shown), pool, ids)
     batch = next(jest.load_batches(pool, 0, 16, 3, 2, cached, selects=True))
     ids = data.batch_ids(pool.ids, 0, 2, 16)
-    captions = np.stack([siglip.tokenize(source.describe(i), encode, MODEL.text)
-                         for i in pool.donor(ids)])
+    texts = source.describe(pool.donor(ids))
+    captions = np.stack([siglip.tokenize(text, encode, MODEL.text) for text in texts])
     assert (pool.donor(ids) != ids).sum() > 3
     # It is the same donor whose tokens the learner gets.
     np.testing.assert_array_equal(batch["tokens"].reshape(16, -1), np.stack(
-        [data.tokenize(source.describe(i), 24) for i in pool.donor(ids)]))
+        [data.tokenize(text, 24) for text in texts]))
     direct = embeddings(params, shown.read(ids)["image"], captions)
     for k in ("image", "text"):
         np.testing.assert_allclose(batch[f"reference_{k}"].reshape(16, 16), direct[k], atol=2e-6)
