@@ -367,6 +367,14 @@ def test_picks_are_drawn_against_the_pool_with_marks_that_show_a_single_evaluati
     assert [a.xaxis.label.get_color() for a in takes] == ["black", pictures.WRONG, "black", "black"]
 
 
+def test_each_image_has_its_own_score_and_text():
+    shown = picks_of()
+    shown["pool"].source.describe = lambda ids: [f"number {i}" for i in ids]
+    figure = pictures.picks({}, {}, n_images=2, **shown)
+    assert {(a.get_title(), a.get_xlabel()) for a in figure.axes} == {
+        (f"+{i}.00", f"number {i}") for i in range(4)}
+
+
 def test_importing_report_does_not_load_matplotlib():
     code = "import sys, common.report; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
