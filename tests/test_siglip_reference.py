@@ -121,7 +121,7 @@ def test_toys_pictures_are_enlarged():
     np.testing.assert_array_equal(
         got["image"][1], siglip.preprocess(toy.read(toy.ids[4:5])["image"][0], 12))
     np.testing.assert_array_equal(
-        got["tokens"][1], siglip.tokenize(toy.describe(4), encode, MODEL.text))
+        got["tokens"][1], siglip.tokenize(toy.describe([4])[0], encode, MODEL.text))
 
 
 def test_both_formats_are_the_same_reference(weights, params, stand_in):
