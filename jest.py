@@ -18,7 +18,7 @@ with them (`at_patch`, `embed_flexi`). Only the learner's images are cut coarsel
 nothing of the reference's. `step_flops` counts the FLOPs of a step.
 
 The reference is trained before the learner, on a small curated part of the pool or on another data
-set (`frozen_reference` in `main`), or it is loaded: a checkpoint, or a published SigLIP. By default
+set (`Experiment.train_reference`), or it is loaded: a checkpoint, or a published SigLIP. By default
 its embeddings of the pool are computed once and kept in a file (`embed_pool`).
 
 Dimension letters: B super-batch, N a device's share of it, S sub-batch (b) or a device's share of
@@ -751,6 +751,131 @@ def spearman(x_B, y_B):
     return jnp.corrcoef(rank(x_B), rank(y_B))[0, 1]
 
 
+# ------------------------------------------------------ one seed: the reference, then the arms
+
+
+def load_batches(pool, seed, batch_size, steps, start, cached=None, selects=False):
+    """Yields sharded batches of steps start .. steps - 1, with the reference's embeddings.
+    cached: ids -> {'image', 'text'} [n, E], or None. If the step selects from a batch, no pair may
+    be in it twice."""
+    for batch in data.batches(pool, seed=seed, batch_size=batch_size, start=start, stop=steps,
+                              host=devices.host(), wrap=not selects, flags="--filter_ratio"):
+        if cached:
+            batch |= {f"reference_{k}": v for k, v in cached(batch["id"]).items()}
+        yield devices.shard({k: v for k, v in batch.items()
+                             if k not in ("id", "label", "caption_hash")})
+
+
+def embed_pool(path, params, model, forward, pool, batch_size, stop=lambda: False):
+    """Embeds a pool by its frozen reference. Returns (np.memmap [len(pool), 2, E] of the images and
+    of the captions, seconds). They are kept in the file `path`: see `reference.embed_pool`.
+
+    forward: the first of `make_forwards(model)`."""
+    # Small models train at large batches. A large reference need not fit in memory at those.
+    batch_size = min(batch_size, 256 * jax.device_count())
+    shape = len(pool), 2, embedding_width(model)
+
+    def embed_from(start):
+        on_device = jax.tree.map(jnp.asarray, params)  # once, and not with every batch
+        left = pool.subset(pool.ids[start:])
+        for got, seconds in reference.forward_batches(on_device, forward, left, batch_size):
+            yield np.stack([got["image"], got["text"]], 1), seconds
+    return reference.embed_pool(path, reference.made_by(params, pool), shape, embed_from, stop=stop)
+
+
+@dataclasses.dataclass
+class Experiment:
+    """One seed: what its reference and its arms share."""
+    config: flags.Namespace
+    run: train.Run
+    seed: int
+    model: Model
+    reference_model: Model
+    arms: dict  # name -> `make_arm`; the reference's is among them
+    forwards: dict  # model -> `make_forwards`
+    whole: data.Pool  # all pairs: what uniform is trained on
+    rest: data.Pool  # without the curated part: what the other arms select from
+    curated: data.Pool | None  # what the reference is trained on; None with published weights
+    shown_pool: data.Pool | None  # published weights: all pairs as these are shown them
+    test_pool: data.Pool
+    class_tokens: np.ndarray | None  # `class_prompts`
+    about: dict  # see `train.Stage`, of the reference
+
+    def frozen_reference(self, given=None):
+        """The weights of the frozen reference, its embeddings of `rest` as a function of ids (None
+        if they are computed in each step), and the `train.Totals` of making both. The totals enter
+        an arm's bill as its set-up.
+
+        given: (weights, totals) of a reference from elsewhere; without it, one is trained.
+        """
+        params, cost = given or self.train_reference()
+        setup = reference.training_as_setup(cost)
+        if self.config.reference_scores == "computed":
+            return params, None, setup
+
+        embedded, file = self.rest, f"embeddings-{self.seed}.npy"
+        if self.shown_pool:  # each image and caption of the data set once, for all seeds
+            embedded, file = self.shown_pool, "embeddings.npy"
+        forward, _ = self.forwards[self.reference_model]
+        with self.run.stop.awaited():
+            array, seconds = embed_pool(
+                self.run.path(file), params, self.reference_model, forward, embedded,
+                self.config.batch_size, stop=lambda: self.run.stop)
+        cached = functools.partial(reference.take, array, embedded, self.rest)
+        return params, cached, setup.plus(setup_seconds=seconds, flops={
+            "reference_scoring": len(embedded) * forward_flops(self.reference_model)})
+
+    def train_reference(self):
+        """(weights, `train.Totals`) of a reference, trained uniformly on the curated part."""
+        arm, (_, key_init, key_steps) = self.arms["reference"], self.keys()
+        state = {"learner": new_state(key_init, self.reference_model, arm.optimiser)}
+        stage = self.run.stage("reference", self.seed, arm.steps, about=self.about)
+        b = self.config.batch_size
+        load = functools.partial(load_batches, self.curated, self.seed, b, arm.steps)
+        state = train_stage(stage, state, arm.step, key_steps, load,
+                            self.evaluator(self.reference_model), trained=b, scored=b,
+                            flops=arm.flops)
+        return state["learner"]["params"], stage.totals
+
+    def run_arm(self, name, frozen):
+        """Trains an arm. frozen: `frozen_reference`, for an arm that needs one.
+
+        Returns: its last state; and for an arm that selects `diagnose` of a state on the
+        super-batch after the last step, and its `picks.Counts`. For others these are None.
+        """
+        arm, (key_init, _, key_steps) = self.arms[name], self.keys()
+        b, selects = self.config.batch_size, arm.method.selects
+        n = super_batch_size(self.config) if selects else b
+        pool = {"uniform": self.whole, "curated": self.curated}.get(name, self.rest)
+        state = {"learner": new_state(key_init, self.model, arm.optimiser)}
+        cached, setup, look, counts = None, train.Totals(), None, None
+        if arm.method.needs_reference:
+            params, cached, setup = frozen
+            state["reference"] = logit_scale_and_bias(params) if cached else params
+        load = functools.partial(load_batches, pool, self.seed, n, cached=cached, selects=selects)
+        if selects:
+            after = next(load(arm.steps + 1, arm.steps))
+            look = lambda state: jax.device_get(
+                arm.look(state, jax.random.fold_in(key_steps, arm.steps), after))
+            counts = picks.Counts(pool, self.seed, n)
+        stage = self.run.stage(name, self.seed, arm.steps, spent=setup, counts=counts)
+        state = train_stage(stage, state, arm.step, key_steps, functools.partial(load, arm.steps),
+                            self.evaluator(self.model, look), trained=b, scored=n, flops=arm.flops)
+        return state, look, counts
+
+    def keys(self):
+        """Keys for the first weights of the arms, for those of the reference, and for steps."""
+        return jax.random.split(jax.random.key(self.seed), 3)
+
+    def evaluator(self, model, look=None):
+        """state -> metrics on the test set. `look` adds those of `diagnose`."""
+        def metrics(state):
+            got = evaluate(state["learner"]["params"], self.forwards[model], self.test_pool,
+                           self.config.batch_size, self.class_tokens)
+            return got | (look(state)[0] if look else {})
+        return metrics
+
+
 # --------------------------------------------------------------------------------------- main
 
 
@@ -806,9 +931,9 @@ def build_model(config, flag, source, vocab):
 
 
 def make_arm(arm, config, model, reference_model):
-    """What an arm is trained with: the number of steps, the `Method`, the optimiser, and
-    `train_step` and `diagnose` as a `devices.pmap`. The stage 'reference' counts as an arm here,
-    and is a uniform run."""
+    """What an arm is trained with: the number of steps, the `Method`, the optimiser, the FLOPs of a
+    step by role, and `train_step` and `diagnose` as a `devices.pmap`. The stage 'reference' counts
+    as an arm here, and is a uniform run."""
     name, kind = ARMS["uniform" if arm == "reference" else arm]
     steps, peak = config.steps, config.learning_rate
     if name in SELECTS:
@@ -823,8 +948,10 @@ def make_arm(arm, config, model, reference_model):
     optimiser = adam(peak, steps, warmup=config.warmup, weight_decay=config.weight_decay,
                      b2=config.beta2, clip_norm=config.clip_norm)
     parts = dict(method=method, model=model, reference_model=reference_model)
+    cost = (arm_cost(method, config, model, reference_model) if arm != "reference" else
+            {"reference_training": 3 * config.batch_size * forward_flops(reference_model)})
     return flags.Namespace(
-        steps=steps, method=method, optimiser=optimiser,
+        steps=steps, method=method, optimiser=optimiser, flops=cost,
         step=devices.pmap(functools.partial(train_step, optimiser=optimiser, **parts),
                           (None, None, None, 0), donate=True),
         look=devices.pmap(functools.partial(diagnose, **parts), (None, None, 0)))
@@ -855,33 +982,12 @@ def iteration_cost(name, cost, cost_if_reused, uniform_cost):
             f"{100 * cost['selection'] / total(cost):.1f} % of it")
 
 
-def load_batches(pool, seed, batch_size, steps, start, cached=None, selects=False):
-    """Yields sharded batches of steps start .. steps - 1, with the reference's embeddings.
-    cached: ids -> {'image', 'text'} [n, E], or None. If the step selects from a batch, no pair may
-    be in it twice."""
-    for batch in data.batches(pool, seed=seed, batch_size=batch_size, start=start, stop=steps,
-                              host=devices.host(), wrap=not selects, flags="--filter_ratio"):
-        if cached:
-            batch |= {f"reference_{k}": v for k, v in cached(batch["id"]).items()}
-        yield devices.shard({k: v for k, v in batch.items()
-                             if k not in ("id", "label", "caption_hash")})
-
-
-def embed_pool(path, params, model, forward, pool, batch_size, stop=lambda: False):
-    """Embeds a pool by its frozen reference. Returns (np.memmap [len(pool), 2, E] of the images and
-    of the captions, seconds). They are kept in the file `path`: see `reference.embed_pool`.
-
-    forward: the first of `make_forwards(model)`."""
-    # Small models train at large batches. A large reference need not fit in memory at those.
-    batch_size = min(batch_size, 256 * jax.device_count())
-    shape = len(pool), 2, embedding_width(model)
-
-    def embed_from(start):
-        on_device = jax.tree.map(jnp.asarray, params)  # once, and not with every batch
-        left = pool.subset(pool.ids[start:])
-        for got, seconds in reference.forward_batches(on_device, forward, left, batch_size):
-            yield np.stack([got["image"], got["text"]], 1), seconds
-    return reference.embed_pool(path, reference.made_by(params, pool), shape, embed_from, stop=stop)
+def class_prompts(config, source, encode):
+    """The tokens [classes, T] of --prompt for each class, or None if the data have no labels."""
+    if not source.class_names or "label" not in source.read(source.ids[:1]):
+        return None
+    return np.stack([data.tokenize(config.prompt.replace("{}", name), config.context, encode)
+                     for name in source.class_names])
 
 
 def main():
@@ -908,8 +1014,9 @@ def main():
             config.curated_fraction * len(source.ids))
         data.check_batch(source.ids[n_curated:], B, f"--filter_ratio={config.filter_ratio}")
     model = build_model(config, "model", source, vocab)
+    shown_pool = None
     if published:
-        published_pool = data.Pool(reference.as_shown(
+        shown_pool = data.Pool(reference.as_shown(
             source, reference_model, reference_encode, dataset=config.dataset, split=config.split,
             data_dir=config.data_dir))
     else:
@@ -928,95 +1035,34 @@ def main():
     run = train.Run(config, {"split": source.fingerprint, "eval_split": test_source.fingerprint})
     arms = {arm: make_arm(arm, config, model, reference_model)
             for arm in ("reference", *config.arms)}
-    costs = {name: arm_cost(arm.method, config, model, reference_model)
-             for name, arm in arms.items()}
-    forwards = {m: make_forwards(m) for m in (model, reference_model)}
-    test_pool, class_tokens = data.Pool(test_source), None
-    if test_source.class_names and "label" in test_source.read(test_source.ids[:1]):
-        class_tokens = np.stack([
-            data.tokenize(config.prompt.replace("{}", name), config.context, encode)
-            for name in test_source.class_names])
-    F_reference = forward_flops(reference_model)
-
-    def evaluator(model, look=None):
-        """state -> metrics; `look` adds those of `diagnose`."""
-        def metrics(state):
-            got = evaluate(state["learner"]["params"], forwards[model], test_pool, b, class_tokens)
-            return got | (look(state)[0] if look else {})
-        return metrics
-
-    def frozen_reference(seed, curated, pool, key_init, key_steps):
-        """Weights of the frozen reference, its embeddings of `pool` as a function of ids (or None),
-        and its `train.Totals`. They enter an arm's bill as its set-up."""
-        params, cost = given.get(seed, (None, None))
-        if params is None:
-            arm = arms["reference"]
-            state = {"learner": new_state(key_init, reference_model, arm.optimiser)}
-            stage = run.stage("reference", seed, arm.steps, about=about)
-            load = functools.partial(load_batches, curated, seed, b, arm.steps)
-            state = train_stage(stage, state, arm.step, key_steps, load,
-                                evaluator(reference_model), trained=b, scored=b,
-                                flops={"reference_training": 3 * b * F_reference})
-            params, cost = state["learner"]["params"], stage.totals
-        setup = reference.training_as_setup(cost)
-        if config.reference_scores == "computed":
-            return params, None, setup
-
-        embedded, file = pool, f"embeddings-{seed}.npy"
-        if published:  # each image and caption of the data set once, for all seeds
-            embedded, file = published_pool, "embeddings.npy"
-        with run.stop.awaited():
-            array, seconds = embed_pool(run.path(file), params, reference_model,
-                                        forwards[reference_model][0], embedded, b,
-                                        stop=lambda: run.stop)
-        cached = functools.partial(reference.take, array, embedded, pool)
-        return params, cached, setup.plus(
-            setup_seconds=seconds, flops={"reference_scoring": len(embedded) * F_reference})
-
+    shared = dict(config=config, run=run, model=model, reference_model=reference_model, arms=arms,
+                  forwards={m: make_forwards(m) for m in (model, reference_model)},
+                  test_pool=data.Pool(test_source), shown_pool=shown_pool, about=about,
+                  class_tokens=class_prompts(config, test_source, encode))
     shown, counts = None, {}
     for seed in config.seeds:
-        whole = data.Pool(source, noise=noise, field="tokens", seed=seed)
-        curated, train_pool = None, whole
+        whole = rest = data.Pool(source, noise=noise, field="tokens", seed=seed)
+        curated = None
         if curated_source:
             curated = data.Pool(curated_source, field="tokens", seed=seed)
         elif not published:  # published weights need nothing set apart
             ids, rest_ids = data.split(whole.ids, config.curated_fraction, seed)
-            curated, train_pool = whole.subset(ids), whole.subset(rest_ids)
+            curated, rest = whole.subset(ids), whole.subset(rest_ids)
         if curated and config.reference_noise >= 0:
             curated = curated.replant(config.reference_noise)
-        key_init, key_reference, key_steps = jax.random.split(jax.random.key(seed), 3)
+        experiment = Experiment(seed=seed, whole=whole, rest=rest, curated=curated, **shared)
         frozen = None
         if any(arm.method.needs_reference for arm in arms.values()):
-            frozen = frozen_reference(seed, curated, train_pool, key_reference, key_steps)
-
+            frozen = experiment.frozen_reference(given.get(seed))
         for name in config.arms:
-            arm = arms[name]
-            selects = arm.method.selects
-            state = {"learner": new_state(key_init, model, arm.optimiser)}
-            cached, setup, look = None, train.Totals(), None
-            if arm.method.needs_reference:
-                params, cached, setup = frozen
-                state["reference"] = logit_scale_and_bias(params) if cached else params
-            pool, n = whole, b  # uniform has the whole pool
-            if selects:
-                pool, n = train_pool, B  # without the curated part
-            elif name == "curated":
-                pool = curated
-            load = functools.partial(load_batches, pool, seed, n, cached=cached, selects=selects)
-            if selects:  # diagnosed on the super-batch after the last step
-                after = next(load(arm.steps + 1, arm.steps))
-                look = lambda state, arm=arm, after=after: jax.device_get(
-                    arm.look(state, jax.random.fold_in(key_steps, arm.steps), after))
-                counts[name, seed] = picks.Counts(pool, seed, n)
-            stage = run.stage(name, seed, arm.steps, spent=setup, counts=counts.get((name, seed)))
-            state = train_stage(stage, state, arm.step, key_steps,
-                                functools.partial(load, arm.steps), evaluator(model, look),
-                                trained=b, scored=n, flops=costs[name])
+            state, look, taken = experiment.run_arm(name, frozen)
+            if taken:
+                counts[name, seed] = taken
             # picks.png: of the first arm that selects jointly, or else of the first that selects
-            if selects and (shown is None or ("jest" in name and "jest" not in shown["arm"])):
+            if taken and (shown is None or ("jest" in name and "jest" not in shown["arm"])):
                 _, score_B, pick_S = look(state)
-                shown = dict(arm=name, pool=pool, score_B=score_B, pick_S=pick_S,
-                             ids=data.batch_ids(pool.ids, seed, arm.steps, B))
+                shown = dict(arm=name, pool=rest, score_B=score_B, pick_S=pick_S,
+                             ids=data.batch_ids(rest.ids, seed, arms[name].steps, B))
 
     if jax.process_index() == 0:
         picks.write(run.path("picks.csv"), counts)
@@ -1025,7 +1071,7 @@ def main():
             if arms[name].method.selects:
                 reused = arm_cost(arms[name].method, config, model, reference_model, reuse=True)
                 uniform = step_flops("uniform", "learnability", b, B, forward_flops(model))
-                print(iteration_cost(name, costs[name], reused, uniform))
+                print(iteration_cost(name, arms[name].flops, reused, uniform))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Bad Students Make Great Teachers: active learning with small proxies (Evans et al., 2312.05328).
 
 Algorithm 1. There are three models: a large learner, a small online proxy that is trained beside
-it, and a small reference. The reference is trained first (`frozen_reference` in `main`) and then
+it, and a small reference. The reference is trained first (`Experiment.train_reference`) and then
 frozen. With --reference=online it is trained beside the learner. One step:
   1. draw a super-batch of B = ratio * b examples                             `data.batches`
   2. score each by learnability, l_act(x | proxy) - l_act(x | reference)      `score_super_batch`
@@ -421,7 +421,7 @@ def step_flops(arm, b, B, F_L, F_p, reference_scores):
     With r = B / b, learnability costs 3 F_L + (2 r + 3) F_p for each example that the learner
     trains on if the reference's scores are computed: at the paper's r = 2, 3 F_L + 7 F_p. Uniform
     costs 3 F_L. A frozen reference is paid for once and not by the step: 3 b F_p for each update of
-    its training and F_p for each cached score, in `frozen_reference`.
+    its training and F_p for each cached score, in `Experiment.frozen_reference`.
 
     F_L, F_p: `forward_flops` of learner and proxy. reference_scores: 'cached', 'computed',
     'online', or None for an arm that has no reference.
@@ -480,6 +480,136 @@ def make_forward(model):
         return {**{k: gather(v) for k, v in batch.items() if k != "image"},
                 "out": jax.tree.map(gather, outputs(params, batch, model))}
     return devices.pmap(forward, in_axes=(None, 0))
+
+
+# ------------------------------------------------------ one seed: the reference, then the arms
+
+
+def initial_state(arm, key, learner, proxy, optimisers, *, reference_scores=None, params=None,
+                  proxy_init="random", staleness=0):
+    """The state of `train_step` before step 0. The learner is the same for every arm.
+
+    reference_scores: 'computed' (by the frozen `params`, in the step), 'online' (the reference is
+    trained in the step), 'cached' (its losses come with the batch), or None.
+    """
+    key_learner, key_proxy, key_reference = jax.random.split(key, 3)
+    state = {"learner": new_state(key_learner, learner, optimisers["learner"])}
+    if reference_scores == "online":
+        state["reference"] = new_state(key_reference, proxy, optimisers["reference"])
+    if reference_scores == "computed":
+        state["reference"] = {"params": params}
+    if "proxy" in SCORES.get(arm, ()):
+        state["proxy"] = new_state(key_proxy, proxy, optimisers["proxy"])
+        if proxy_init == "reference":
+            state["proxy"]["params"] = params
+        if staleness:
+            state["stale"] = jax.tree.map(lambda x: jnp.stack([x] * staleness),
+                                          state["proxy"]["params"])
+    return state
+
+
+def load_batches(pool, seed, batch_size, steps, start, losses=None, selects=False):
+    """Yields sharded batches of steps start .. steps - 1, with the reference's cached losses. If
+    the step selects from a batch, no example may be in it twice."""
+    for batch in data.batches(pool, seed=seed, batch_size=batch_size, start=start, stop=steps,
+                              host=devices.host(), wrap=not selects, flags="--ratio"):
+        if losses is not None:
+            batch["reference_loss"] = losses[np.searchsorted(pool.ids, batch["id"])]
+        yield devices.shard({k: v for k, v in batch.items() if k not in ("id", "caption_hash")})
+
+
+@dataclasses.dataclass
+class Experiment:
+    """One seed: what its reference and its arms share."""
+    config: flags.Namespace
+    run: train.Run
+    seed: int
+    learner: Model
+    proxy: Model  # also the reference's architecture
+    arms: dict  # name -> `make_arm`; the reference's is among them
+    forwards: dict  # model -> `make_forward`
+    whole: data.Pool  # all examples: what uniform is trained on
+    rest: data.Pool  # without a held-out part: what the arms select from
+    of_reference: data.Pool  # what the reference is trained on
+    test_pool: data.Pool
+    about: dict  # see `train.Stage`, of the reference
+
+    def frozen_reference(self, given=None):
+        """The weights of the frozen reference, its losses of `rest` (None if they are computed in
+        each step), and the `train.Totals` of making both. The totals enter an arm's bill as its
+        set-up.
+
+        given: (weights, totals) of a reference from elsewhere; without it, one is trained.
+        """
+        params, cost = given or self.train_reference()
+        setup = reference.training_as_setup(cost)
+        if self.config.reference_scores == "computed":
+            return params, None, setup
+
+        def losses():
+            got, seconds = reference.forward_all(params, self.forwards[self.proxy], self.rest,
+                                                 self.config.batch_size)
+            return {"loss": np.asarray(scoring_loss(got["out"], got))}, seconds
+        arrays, seconds = reference.cached(self.run.path(f"scores-{self.seed}.npz"),
+                                           reference.made_by(params, self.rest), losses)
+        return params, arrays["loss"], setup.plus(setup_seconds=seconds, flops={
+            "reference_scoring": len(self.rest) * forward_flops(self.proxy)})
+
+    def train_reference(self):
+        """(weights, `train.Totals`) of a reference, trained uniformly on its pool."""
+        arm, (key_init, key_steps) = self.arms["reference"], self.keys()
+        key = jax.random.split(key_init, 3)[2]  # that of an online one, see `initial_state`
+        state = {"learner": new_state(key, self.proxy, arm.optimisers["learner"])}
+        stage = self.run.stage("reference", self.seed, arm.steps, about=self.about)
+        b = self.config.batch_size
+        load = functools.partial(load_batches, self.of_reference, self.seed, b, arm.steps)
+        state = train_stage(
+            stage, state, arm.step, key_steps, load, self.evaluator(self.proxy), trained=b,
+            scored=b, flops={"reference_training": 3 * b * forward_flops(self.proxy)})
+        return state["learner"]["params"], stage.totals
+
+    def run_arm(self, name, frozen):
+        """Trains an arm. frozen: `frozen_reference`, or None if no arm needs one.
+
+        Returns: for an arm that selects, a function that gives what it would pick next, as
+        picks.png shows it, and its `picks.Counts`. For others these are None.
+        """
+        config, arm, (key_init, key_steps) = self.config, self.arms[name], self.keys()
+        b, selects = config.batch_size, name in SCORES
+        n = round(config.ratio * b) if selects else b
+        kind, (params, losses, setup) = None, (None, None, train.Totals())
+        if "reference" in SCORES.get(name, ()):
+            kind = "online" if config.reference == "online" else config.reference_scores
+            params, losses, setup = frozen or (params, losses, setup)
+        # Uniform has the whole pool: a part that is held out is a cost of the method.
+        pool = {"uniform": self.whole, "held_out": self.of_reference}.get(name, self.rest)
+        state = initial_state(name, key_init, self.learner, self.proxy, arm.optimisers,
+                              reference_scores=kind, params=params, proxy_init=config.proxy_init,
+                              staleness=config.staleness)
+        load = functools.partial(load_batches, pool, self.seed, n, losses=losses, selects=selects)
+        counts = picks.Counts(pool, self.seed, n) if selects else None
+        stage = self.run.stage(name, self.seed, arm.steps, spent=setup, counts=counts)
+        state = train_stage(
+            stage, state, arm.step, key_steps, functools.partial(load, arm.steps),
+            self.evaluator(self.learner), trained=b, scored=n, flops=step_flops(
+                name, b, n, forward_flops(self.learner), forward_flops(self.proxy), kind))
+
+        def next_picks():
+            batch = next(load(arm.steps + 1, arm.steps))
+            _, got = arm.step(state, np.int32(arm.steps), key_steps, batch)
+            got = jax.device_get(got)
+            return dict(arm=name, pool=pool, ids=data.batch_ids(pool.ids, self.seed, arm.steps, n),
+                        score_B=got["score"], pick_S=got["pick"])
+        return (next_picks, counts) if selects else (None, None)
+
+    def keys(self):
+        """Keys for first weights, and for steps."""
+        return jax.random.split(jax.random.key(self.seed))
+
+    def evaluator(self, model):
+        """params -> metrics on the test set."""
+        return functools.partial(evaluate, forward=self.forwards[model], pool=self.test_pool,
+                                 batch_size=self.config.batch_size)
 
 
 # --------------------------------------------------------------------------------------- main
@@ -558,39 +688,6 @@ def make_arm(arm, config, learner, proxy):
                            step=devices.pmap(step, (None, None, None, 0), donate=True))
 
 
-def initial_state(arm, key, learner, proxy, optimisers, *, reference_scores=None, params=None,
-                  proxy_init="random", staleness=0):
-    """The state of `train_step` before step 0. The learner is the same for every arm.
-
-    reference_scores: 'computed' (by the frozen `params`, in the step), 'online' (the reference is
-    trained in the step), 'cached' (its losses come with the batch), or None.
-    """
-    key_learner, key_proxy, key_reference = jax.random.split(key, 3)
-    state = {"learner": new_state(key_learner, learner, optimisers["learner"])}
-    if reference_scores == "online":
-        state["reference"] = new_state(key_reference, proxy, optimisers["reference"])
-    if reference_scores == "computed":
-        state["reference"] = {"params": params}
-    if "proxy" in SCORES.get(arm, ()):
-        state["proxy"] = new_state(key_proxy, proxy, optimisers["proxy"])
-        if proxy_init == "reference":
-            state["proxy"]["params"] = params
-        if staleness:
-            state["stale"] = jax.tree.map(lambda x: jnp.stack([x] * staleness),
-                                          state["proxy"]["params"])
-    return state
-
-
-def load_batches(pool, seed, batch_size, steps, start, losses=None, selects=False):
-    """Yields sharded batches of steps start .. steps - 1, with the reference's cached losses. If
-    the step selects from a batch, no example may be in it twice."""
-    for batch in data.batches(pool, seed=seed, batch_size=batch_size, start=start, stop=steps,
-                              host=devices.host(), wrap=not selects, flags="--ratio"):
-        if losses is not None:
-            batch["reference_loss"] = losses[np.searchsorted(pool.ids, batch["id"])]
-        yield devices.shard({k: v for k, v in batch.items() if k not in ("id", "caption_hash")})
-
-
 def main():
     config = flags.resolve(PRESETS)
     devices.start(config)
@@ -602,8 +699,7 @@ def main():
     encode, vocab = data.tokenizer(config.tokenizer)
     source, test_source = data.open_splits(config, encode, context=config.context if text else 0,
                                            need=(needed,), toy_image_size=TOY["image_size"])
-    b, B = config.batch_size, round(config.ratio * config.batch_size)
-    held_out = config.reference == "held_out"
+    B, held_out = round(config.ratio * config.batch_size), config.reference == "held_out"
     if set(config.arms) & set(SCORES):
         n_held_out = round(config.held_out_fraction * len(source.ids)) if held_out else 0
         data.check_batch(source.ids[n_held_out:], B, f"--ratio={config.ratio:g}")
@@ -620,76 +716,27 @@ def main():
 
     run = train.Run(config, {"split": source.fingerprint, "eval_split": test_source.fingerprint})
     arms = {arm: make_arm(arm, config, learner, proxy) for arm in ("reference", *config.arms)}
-    forwards = {model: make_forward(model) for model in (learner, proxy)}
-    test_pool = data.Pool(test_source)
-    evaluators = {model: functools.partial(evaluate, forward=forward, pool=test_pool, batch_size=b)
-                  for model, forward in forwards.items()}
-    F_L, F_p = forward_flops(learner), forward_flops(proxy)
-
-    def frozen_reference(seed, pool_of_reference, pool, key_init, key_steps):
-        """(weights, losses of `pool` or None, `train.Totals` of making both) of the frozen
-        reference. The totals enter an arm's bill as its set-up."""
-        params, cost = given.get(seed, (None, None))
-        if params is None:
-            arm = arms["reference"]
-            key = jax.random.split(key_init, 3)[2]  # that of an online one, see `initial_state`
-            state = {"learner": new_state(key, proxy, arm.optimisers["learner"])}
-            stage = run.stage("reference", seed, arm.steps, about=about)
-            load = functools.partial(load_batches, pool_of_reference, seed, b, arm.steps)
-            state = train_stage(stage, state, arm.step, key_steps, load, evaluators[proxy],
-                                trained=b, scored=b, flops={"reference_training": 3 * b * F_p})
-            params, cost = state["learner"]["params"], stage.totals
-        setup = reference.training_as_setup(cost)
-        if config.reference_scores == "computed":
-            return params, None, setup
-
-        def losses():
-            got, seconds = reference.forward_all(params, forwards[proxy], pool, b)
-            return {"loss": np.asarray(scoring_loss(got["out"], got))}, seconds
-        arrays, seconds = reference.cached(run.path(f"scores-{seed}.npz"),
-                                           reference.made_by(params, pool), losses)
-        return params, arrays["loss"], setup.plus(
-            setup_seconds=seconds, flops={"reference_scoring": len(pool) * F_p})
-
-    shown, counts, nothing = None, {}, (None, None, train.Totals())
+    shared = dict(config=config, run=run, learner=learner, proxy=proxy, arms=arms,
+                  forwards={model: make_forward(model) for model in (learner, proxy)},
+                  test_pool=data.Pool(test_source), about=about)
+    shown, counts = None, {}
     for seed in config.seeds:
-        whole = data.Pool(source, noise=noise, field=field, seed=seed)
-        key_init, key_steps = jax.random.split(jax.random.key(seed))
-        train_pool = pool_of_reference = whole
+        whole = rest = of_reference = data.Pool(source, noise=noise, field=field, seed=seed)
         if held_out:
             ids, rest_ids = data.split(whole.ids, config.held_out_fraction, seed)
-            pool_of_reference, train_pool = whole.subset(ids), whole.subset(rest_ids)
+            of_reference, rest = whole.subset(ids), whole.subset(rest_ids)
             if config.reference_noise >= 0:
-                pool_of_reference = pool_of_reference.replant(config.reference_noise)
-        frozen = nothing
+                of_reference = of_reference.replant(config.reference_noise)
+        experiment = Experiment(seed=seed, whole=whole, rest=rest, of_reference=of_reference,
+                                **shared)
+        frozen = None
         if needs_frozen_reference(config):
-            frozen = frozen_reference(seed, pool_of_reference, train_pool, key_init, key_steps)
-
+            frozen = experiment.frozen_reference(given.get(seed))
         for name in config.arms:
-            arm, selects, kind = arms[name], name in SCORES, None
-            params, losses, setup = nothing
-            if "reference" in SCORES.get(name, ()):
-                kind = "online" if config.reference == "online" else config.reference_scores
-                params, losses, setup = frozen
-            state = initial_state(name, key_init, learner, proxy, arm.optimisers,
-                                  reference_scores=kind, params=params,
-                                  proxy_init=config.proxy_init, staleness=config.staleness)
-            # Uniform has the whole pool: a part that is held out is a cost of the method.
-            pool = {"uniform": whole, "held_out": pool_of_reference}.get(name, train_pool)
-            n = B if selects else b
-            load = functools.partial(load_batches, pool, seed, n, losses=losses, selects=selects)
-            if selects:
-                counts[name, seed] = picks.Counts(pool, seed, n)
-            stage = run.stage(name, seed, arm.steps, spent=setup, counts=counts.get((name, seed)))
-            state = train_stage(stage, state, arm.step, key_steps,
-                                functools.partial(load, arm.steps), evaluators[learner],
-                                trained=b, scored=n, flops=step_flops(name, b, n, F_L, F_p, kind))
-            if shown is None and selects:  # picks.png: what the next step would pick
-                batch = next(load(arm.steps + 1, arm.steps))
-                _, got = arm.step(state, np.int32(arm.steps), key_steps, batch)
-                shown = dict(arm=name, pool=pool, ids=data.batch_ids(pool.ids, seed, arm.steps, B),
-                             score_B=jax.device_get(got["score"]),
-                             pick_S=jax.device_get(got["pick"]))
+            next_picks, taken = experiment.run_arm(name, frozen)
+            if taken:
+                counts[name, seed] = taken
+                shown = shown or next_picks()  # picks.png: of the first arm that selects
 
     if jax.process_index() == 0:
         picks.write(run.path("picks.csv"), counts)
