@@ -11,10 +11,11 @@ gives hard negatives, and rare clusters get models of their own. There are three
 Only encoders are evaluated, frozen (common/probe.py). The views are drawn as BYOL's
 (common/augment.py); small images have weaker ones.
 
-Controls: `moclr` sees as many images as all stages of dnc together, and `moclr_flops` costs as many
-FLOPs as they do (`budget`). Batches of one cluster have harder negatives, but also another balance
-of classes. So `dnc_random` divides at random into parts of the same sizes, `dnc_oracle` divides by
-label, and `self_distil` has no experts: it gives their steps to the student, which costs less.
+Controls: `moclr` trains on as many images as all stages of dnc together, and `moclr_flops` costs as
+many FLOPs as they do (`budget`). Batches of one cluster have harder negatives, but also another
+balance of classes. So `dnc_random` divides at random into parts of the same sizes, `dnc_oracle`
+divides by label, and `self_distil` has no experts: it gives their steps to the student, which costs
+less.
 
 Dimension letters: N images of a device (of the pool where a stage is planned or images are
 divided), A of all devices, E projection, D representation, K clusters, J candidates of k-means++, R
@@ -865,9 +866,13 @@ def check(config):
     flags.require_arms(config, ARMS)
     require(config.kmeans_examples >= config.clusters, "kmeans_examples",
             f"at least one for each of {config.clusters} clusters")
+    require(config.base_fraction + config.experts_fraction < 1, "experts_fraction",
+            f"less than 1 together with --base_fraction={config.base_fraction:g}: the student gets "
+            "the rest")
     parts = plan("dnc", config.steps, (config.base_fraction, config.experts_fraction))
     require(min(parts.values()) >= 1, "steps", "at least one for each stage, as --base_fraction "
             "and --experts_fraction divide them")
+    flags.require_warmup(config, config.steps, *parts.values())
     devices.divides(batch_size=config.batch_size)
     try:
         resnet.size(config.model)
@@ -932,7 +937,8 @@ def main():
 
     if jax.process_index() == 0:
         report.conclude(config.workdir, clusters=shown)
-        print("", batches_seen(run.metrics.rows()), sep="\n")
+        rows = [r for r in run.metrics.rows() if r["seed"] in config.seeds]
+        print("", batches_seen(rows), sep="\n")
         if source.image_shape[0] <= 32:  # at 224 px it would have 150,528 inputs
             logging.info("fitting the linear probe on pixels")
             got = probe.linear_metrics(pixels(pool, b), pixels(test_pool, b), n_classes)

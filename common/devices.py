@@ -27,7 +27,7 @@ def start(config, timeout=300):
     switched off.
     Raises: ValueError, in one line, if the other hosts do not come within `timeout` seconds.
     """
-    os.environ.setdefault("JAX_ENABLE_PREEMPTION_SERVICE", "0")
+    jax.config.update("jax_enable_preemption_service", False)
     if jax.config.jax_num_cpu_devices > 1:  # before jax 0.12 they can starve each other of threads
         os.environ.setdefault("PJRT_NPROC", str(2 * jax.config.jax_num_cpu_devices))
     flags = {"coordinator_address": config.coordinator, "num_processes": config.num_processes,

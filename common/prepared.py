@@ -252,8 +252,8 @@ def find_fields(features, need, of):
         if field not in found:
             what = (f"its label is {label}, not a class" if field == "label" and label
                     else f"it has no feature {field!r}")
-            raise ValueError(f"{of}: {what} (of {', '.join(features)}): choose another data set, "
-                             "or another --task")
+            raise ValueError(f"{of}: {what} (of {', '.join(features)}): choose another data set "
+                             "(rho_learnability.py: or another --task)")
     return found
 
 

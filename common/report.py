@@ -316,3 +316,5 @@ if __name__ == "__main__":
         conclude(sys.argv[1])
     except (OSError, ValueError) as e:
         sys.exit(f"error: {e}")
+    except (KeyError, TypeError):
+        sys.exit(f"error: {sys.argv[1]}/config.json is not that of a run")

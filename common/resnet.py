@@ -99,7 +99,7 @@ def stem(config):
 
 def conv_init(key, side, c_in, c_out, last=False):
     """(params, stats) of a convolution and its batch norm. Weights have variance 1 / inputs of a
-    unit, as in BYOL's haiku; the norm behind them removes their scale.
+    unit (0.77 of that in BYOL's haiku); the norm behind them removes their scale.
 
     last: the norm ends a block. It starts at scale 0, so that the block starts as its shortcut
     (Goyal et al., 1706.02677).

@@ -76,8 +76,6 @@ def class_names(domains=0):
                  for ground, colour in itertools.islice(grounds, domains) for shape in SHAPES)
 
 
-
-
 def world(n, *, image_size=32, seed=0, tail=1.0, duplicates=0.1, hopeless=0.05, radius=0.25,
           domains=0):
     """Draws a world of n examples. The same arguments give the same world.
