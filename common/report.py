@@ -262,6 +262,8 @@ def conclude(workdir, *, picks=None, clusters=None):
     """
     workdir = Path(workdir)
     config = json.loads((workdir / "config.json").read_text())
+    if not isinstance(config, dict) or "flags" not in config:
+        raise ValueError(f"{workdir}/config.json is not that of a run: name another directory")
     arms, seeds = config["flags"]["arms"], config["flags"]["seeds"]
     log = files.MetricsFile(workdir / "metrics.jsonl")
     seen = {k for r in log.rows() if r["arm"] in arms for k in r}
@@ -316,5 +318,3 @@ if __name__ == "__main__":
         conclude(sys.argv[1])
     except (OSError, ValueError) as e:
         sys.exit(f"error: {e}")
-    except (KeyError, TypeError):
-        sys.exit(f"error: {sys.argv[1]}/config.json is not that of a run")

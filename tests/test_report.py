@@ -410,3 +410,10 @@ def test_a_picture_that_cannot_be_drawn_is_one_warning_after_the_tables(
         report.conclude(workdir_of(tmp_path, curve("uniform", 0, [0.5]), ["uniform"]))
     assert [r.getMessage() for r in caplog.records] == [
         f"{tmp_path}/curves.png could not be drawn: no font"]
+
+
+def test_a_directory_of_something_else_is_refused_in_one_line(tmp_path):
+    for text in ("{}", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json is not that of a run"):
+            report.conclude(tmp_path)

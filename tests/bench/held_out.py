@@ -28,10 +28,6 @@ def ends(log, arm, metric="accuracy"):
     return report.evaluations(rows, metric)[0][:, -1]
 
 
-def band(ax, x, mean, sd, colour):
-    ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
-
-
 def main(picture, baseline, *logs):
     figure = Figure(figsize=(7, 4.3), layout="constrained")
     ax = figure.subplots()
