@@ -78,9 +78,9 @@ PRESETS = {
 
 def define_flags():
     f = flags.Group("Method")
-    f.names("arms", ["uniform", "jest", "flexi_jest", "curated"], f"of {', '.join(METHODS)}; those "
-            "that select also with _easy_reference or _hard_learner at the end of the name (else: "
-            "learnability). The first is the baseline. curated is a control: the learner, trained "
+    f.names("arms", ["uniform", "jest", "flexi_jest", "curated"], f"comma list of "
+            f"{', '.join(METHODS)}. {', '.join(SELECTS)} select by learnability, or with "
+            "_easy_reference or _hard_learner at the end of the name by that score. The first is the baseline. curated is a control: the learner, trained "
             "on the reference's curated part alone. Selection pays only if it beats that")
     f.number("filter_ratio", 0.8, "[0, 1)", "f = 1 - b/B: part of the super-batch that is left out")
     f.integer("n_chunks", 8, "[1, inf)", "chunks in which jest draws its sub-batch (paper: 16)")
@@ -90,12 +90,14 @@ def define_flags():
              "reference")
     f.number("reference_noise", 0.0, "[0, 1] or -1", "caption noise of the curated part; -1: the "
              "pool's, or none in --reference_dataset")
-    f.text("reference_dataset", None, "train the reference on all of another data set instead")
+    f.text("reference_dataset", None, "train the reference on another data set instead, on all of "
+           "its --reference_split")
+    f.text("reference_split", "train", "of --reference_dataset, TFDS syntax")
     f.text("reference", "curated", "'curated': trained first, on the curated part or on "
            "--reference_dataset; or the checkpoint directory of such a stage, in which '{seed}' "
-           "stands for the seed; or published SigLIP weights, with which no part is set apart: a "
-           ".npz file (big_vision's), a .safetensors file (Hugging Face's), or the directory with "
-           "the latter and its config.json")
+           "stands for the seed (each seed has its own curated part); or published SigLIP weights, "
+           "with which no part is set apart: a .npz file (big_vision's), a .safetensors file "
+           "(Hugging Face's), or the directory with the latter and its config.json")
     f.text("reference_tokenizer", None, "published weights: their sentencepiece model file")
     f.integer("reference_image_size", 0, "[0, inf)", "published weights: side in pixels of the "
               "images that they see; 0: that of the file")
@@ -136,7 +138,8 @@ def define_flags():
     f.number("weight_decay", 1e-4, "[0, inf)", "a step subtracts this fraction of the weights of "
              "linear maps, times the schedule (1 at its peak) and not times the learning rate")
     f.number("beta2", 0.95, "[0, 1)", "of Adam")
-    f.number("clip_norm", 1.0, "(0, inf)", "gradients are scaled down to this global norm")
+    f.number("clip_norm", 1.0, "(0, inf)", "gradients whose global norm is larger are "
+             "scaled down to it")
     f.number("warmup", 0.05, "[0, 1)", "fraction of the steps (paper: 0.01)")
 
     flags.define_shared("jest", toy=TOY, toy_noise=TOY_NOISE)
@@ -580,6 +583,7 @@ def train_step(state, index, key, batch_N, *, method, model, reference_model, op
       state: {'learner': {'params', 'opt'}}, and where the score uses it 'reference': its params,
         or only its 'log_t' and 'b' where its embeddings are cached.
       index: of the step, from 0.
+      key: the run's; it is the same at every step (`index` is folded in) and on every device.
       batch_N: this device's share of the super-batch. For 'uniform', of the b pairs, all of which
         it trains on. 'image' uint8 [N, H, W, channels], 'tokens' [N, T]; 'reference_image' and
         'reference_text' [N, E] where they are cached; bool arrays [N] that say what was planted,
@@ -655,7 +659,7 @@ def sampler_flops(kind, b, B, n_chunks, embed, embed_reference=0):
     added = b - chunk_sizes(B, b, n_chunks)[-1]
     width = {"learner": embed, "reference": embed_reference or embed}
     of_models = sum((2 * B * added + B) * (2 * width[name] + 5) for name in SCORES[kind])
-    return of_models + n_chunks * B * (3 + max(B, 2).bit_length())
+    return of_models + n_chunks * B * (3 + B.bit_length())
 
 
 # ------------------------------------------------------------------------- training, evaluation
@@ -794,8 +798,8 @@ class Experiment:
     arms: dict  # name -> `make_arm`; the reference's is among them
     forwards: dict  # model -> `make_forwards`
     whole: data.Pool  # all pairs: what uniform is trained on
-    rest: data.Pool  # without the curated part: what the other arms select from
-    curated: data.Pool | None  # what the reference is trained on; None with published weights
+    rest: data.Pool  # what the other arms select from: all but the part that is set apart
+    curated: data.Pool | None  # that part, or --reference_dataset; None with published weights
     shown_pool: data.Pool | None  # published weights: all pairs as these are shown them
     test_pool: data.Pool
     class_tokens: np.ndarray | None  # `class_prompts`
@@ -826,7 +830,7 @@ class Experiment:
             "reference_scoring": len(embedded) * forward_flops(self.reference_model)})
 
     def train_reference(self):
-        """(weights, `train.Totals`) of a reference, trained uniformly on the curated part."""
+        """(weights, `train.Totals`) of a reference, trained uniformly on `curated`."""
         arm, (_, key_init, key_steps) = self.arms["reference"], self.keys()
         state = {"learner": new_state(key_init, self.reference_model, arm.optimiser)}
         stage = self.run.stage("reference", self.seed, arm.steps, about=self.about)
@@ -893,8 +897,8 @@ def check(config):
     flags.require_arms(config, ARMS)
     methods = [ARMS[arm][0] for arm in config.arms]
     if siglip.is_published(config.reference):
-        require("curated" not in config.arms, "reference", "'curated' or a checkpoint with the arm "
-                "curated: published weights set no part apart; name --arms without it")
+        require("curated" not in config.arms, "reference", "'curated' or a checkpoint for the arm "
+                "curated, as with published weights no part is set apart; or name --arms without it")
         require(config.reference_scores == "cached", "reference_scores", "cached, as published "
                 "weights (--reference) embed the pool once")
         require(config.loss == "sigmoid", "loss", "sigmoid, which the published weights of "
@@ -1006,12 +1010,17 @@ def main():
     curated_source = None
     if config.reference_dataset:
         curated_source = data.open_source(
-            config.reference_dataset, "train", data_dir=config.data_dir, need=("caption",),
-            image_size=source.image_shape[0], context=config.context, encode=encode,
-            toy_knobs=data.toy_knobs(config), flags=("reference_dataset", "split"))
+            config.reference_dataset, config.reference_split, data_dir=config.data_dir,
+            need=("caption",), image_size=source.image_shape[0], context=config.context,
+            encode=encode, toy_knobs=data.toy_knobs(config),
+            flags=("reference_dataset", "reference_split"))
+        flags.require(config, curated_source.image_shape == source.image_shape,
+                      "reference_dataset", "images with as many channels as those of --dataset: "
+                      f"{source.image_shape[2]}, not {curated_source.image_shape[2]}")
+    set_apart = not (curated_source or published)  # a curated part, from the pool
+    n_curated = set_apart and data.part_size(source.ids, config.curated_fraction,
+                                             "curated_fraction")
     if any(ARMS[arm][0] in SELECTS for arm in config.arms):
-        n_curated = 0 if curated_source or published else round(
-            config.curated_fraction * len(source.ids))
         data.check_batch(source.ids[n_curated:], B, f"--filter_ratio={config.filter_ratio}")
     model = build_model(config, "model", source, vocab)
     shown_pool = None
@@ -1032,7 +1041,8 @@ def main():
         given = {seed: reference.load(config.reference.replace("{seed}", str(seed)), template,
                                       about) for seed in config.seeds}
 
-    run = train.Run(config, {"split": source.fingerprint, "eval_split": test_source.fingerprint})
+    records = {"split": source, "eval_split": test_source, "reference_split": curated_source}
+    run = train.Run(config, {k: v.fingerprint for k, v in records.items() if v})
     arms = {arm: make_arm(arm, config, model, reference_model)
             for arm in ("reference", *config.arms)}
     shared = dict(config=config, run=run, model=model, reference_model=reference_model, arms=arms,
@@ -1045,7 +1055,7 @@ def main():
         curated = None
         if curated_source:
             curated = data.Pool(curated_source, field="tokens", seed=seed)
-        elif not published:  # published weights need nothing set apart
+        if set_apart:
             ids, rest_ids = data.split(whole.ids, config.curated_fraction, seed)
             curated, rest = whole.subset(ids), whole.subset(rest_ids)
         if curated and config.reference_noise >= 0:

@@ -576,11 +576,12 @@ class Experiment:
         """
         config, arm, (key_init, key_steps) = self.config, self.arms[name], self.keys()
         b, selects = config.batch_size, name in SCORES
-        n = round(config.ratio * b) if selects else b
-        kind, (params, losses, setup) = None, (None, None, train.Totals())
+        n = super_batch_size(config) if selects else b
+        kind, params, losses, setup = None, None, None, train.Totals()
         if "reference" in SCORES.get(name, ()):
             kind = "online" if config.reference == "online" else config.reference_scores
-            params, losses, setup = frozen or (params, losses, setup)
+            if frozen:
+                params, losses, setup = frozen
         # Uniform has the whole pool: a part that is held out is a cost of the method.
         pool = {"uniform": self.whole, "held_out": self.of_reference}.get(name, self.rest)
         state = initial_state(name, key_init, self.learner, self.proxy, arm.optimisers,
@@ -615,12 +616,19 @@ class Experiment:
 # --------------------------------------------------------------------------------------- main
 
 
+def super_batch_size(config):
+    """B = ratio * b, which must be a whole number."""
+    B = config.ratio * config.batch_size
+    flags.require(config, abs(B - round(B)) < 1e-6 * B, "ratio",
+                  f"a whole super-batch: ratio * batch_size is {B:.3f}")
+    return round(B)
+
+
 def check(config):
     """Raises ValueError, naming the flag, for flags that do not go together, whatever the data."""
     require = functools.partial(flags.require, config)
     flags.require_arms(config, ARMS)
-    B = config.ratio * config.batch_size
-    require(B.is_integer(), "ratio", f"a whole super-batch: ratio * batch_size is {B}")
+    B = super_batch_size(config)
     require(config.score_view == "clean" or config.reference_scores == "computed" or
             config.augment == "none" or not needs_frozen_reference(config),
             "reference_scores",
@@ -631,11 +639,13 @@ def check(config):
     unread = "label_noise" if config.task == "image_text" else "caption_noise"
     require(config[unread] == -1, unread, f"-1, since --task={config.task} does not read it")
     require("held_out" not in config.arms or config.reference == "held_out", "reference",
-            "'held_out' with the arm of that name")
+            "'held_out' with the arm of that name; or name --arms without it")
+    require(config.task == "classification" or config.augment != "shift_flip", "augment", "'none' "
+            "or 'shift' with captions, in which a flip would make 'left' and 'right' false")
     flags.require_warmup(config, config.steps, config.active_steps, config.reference_steps)
     devices.divides(batch_size=config.batch_size)
     n = jax.device_count()
-    require(round(B) % n == 0, "ratio", f"a super-batch (ratio * batch_size) that divides over {n} "
+    require(B % n == 0, "ratio", f"a super-batch (ratio * batch_size) that divides over {n} "
             f"devices: a multiple of {n}")
 
 
@@ -699,9 +709,10 @@ def main():
     encode, vocab = data.tokenizer(config.tokenizer)
     source, test_source = data.open_splits(config, encode, context=config.context if text else 0,
                                            need=(needed,), toy_image_size=TOY["image_size"])
-    B, held_out = round(config.ratio * config.batch_size), config.reference == "held_out"
+    B, held_out = super_batch_size(config), config.reference == "held_out"
+    n_held_out = held_out and data.part_size(source.ids, config.held_out_fraction,
+                                             "held_out_fraction")
     if set(config.arms) & set(SCORES):
-        n_held_out = round(config.held_out_fraction * len(source.ids)) if held_out else 0
         data.check_batch(source.ids[n_held_out:], B, f"--ratio={config.ratio:g}")
     learner, proxy = build_models(config, source, vocab)
     about = {"model": {"image": vit.architecture(proxy.image)}}

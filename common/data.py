@@ -90,7 +90,7 @@ def open_sentencepiece(path, flag, other=""):
     """(encode: text -> its raw ids, number of pieces) of a sentencepiece model file.
 
     Raises: ValueError with one line that names the flag, and what `other` values it takes."""
-    where, path = f"--{flag}={path}", os.path.expanduser(path)
+    where = f"--{flag}={path}"
     if not os.path.isfile(path):
         raise ValueError(f"{where}: no such file; want {other}a sentencepiece model")
     try:
@@ -296,6 +296,16 @@ class Pool:
         """What the examples and their fields are made of, for files that depend on them."""
         return (f"{self.source.name}, {self.noise:g} of {self.field} planted by seed {self.seed}, "
                 f"fingerprint {self.source.fingerprint[:16]}")
+
+
+def part_size(ids, fraction, flag):
+    """The size of the first part of `split`. Raises ValueError, naming the flag, if one of the two
+    parts has no example."""
+    n = round(fraction * len(ids))
+    if not 0 < n < len(ids):
+        raise ValueError(f"--{flag}={fraction}: that is {n} of the {len(ids)} examples: want a part "
+                         "that holds some of them and leaves some")
+    return n
 
 
 def split(ids, fraction, seed):

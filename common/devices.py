@@ -60,7 +60,7 @@ def clock():
 
 
 class pmap:
-    """`jax.pmap` over AXIS, compiled once, when it is first called.
+    """`jax.pmap` over AXIS, compiled once for each set of shapes, when it is first called with it.
 
     What `fn` returns must be equal on all devices (reduced or gathered): outputs are unreplicated,
     pmap does not check it and hands back the first device's. `donate`: the first argument, the
@@ -71,19 +71,24 @@ class pmap:
     def __init__(self, fn, in_axes, donate=False):
         self._fn = jax.pmap(fn, axis_name=AXIS, in_axes=in_axes, out_axes=None,
                             donate_argnums=(0,) if donate else ())
-        self._donate, self._compiled = donate, None
+        self._donate, self._compiled = donate, {}
 
     def __call__(self, *args):
-        if self._compiled is None:
+        leaves, names = jax.tree.flatten(args)
+        shapes = names, *((x.shape, x.dtype) for x in leaves)
+        if shapes not in self._compiled:
             begin = time.perf_counter()
-            if jax.process_count() == 1:
-                self._compiled = self._fn.lower(*args).compile()
-            else:  # lowering knows this host's rows only: compile by running on a copy
-                copy = to_host(args[0]) if self._donate else args[0]
-                jax.block_until_ready(self._fn(copy, *args[1:]))
-                self._compiled = self._fn
+            self._compiled[shapes] = self._compile(args)
             compiling.seconds += time.perf_counter() - begin
-        return self._compiled(*args)
+        return self._compiled[shapes](*args)
+
+    def _compile(self, args):
+        if jax.process_count() == 1:
+            return self._fn.lower(*args).compile()
+        # lowering knows this host's rows only: compile by running on a copy
+        copy = to_host(args[0]) if self._donate else args[0]
+        jax.block_until_ready(self._fn(copy, *args[1:]))
+        return self._fn
 
 
 def shard(batch):

@@ -17,11 +17,12 @@ from common import data, devices, files, flags, prepared, siglip, train
 
 
 def load(directory, template, about, flag="reference"):
-    """(the learner's params, `train.Totals`) that a finished stage left in `directory`.
+    """(the learner's params, `train.Totals`) that the stage of a reference left in `directory`.
 
     template: params of the same shapes. about: what the stage must have been told as its `about`;
     the sizes of arrays cannot tell another number of heads or another tokenizer.
-    Raises: ValueError naming the flag if the checkpoint is missing, damaged, or of another model.
+    Raises: ValueError naming the flag if the checkpoint is missing, damaged, not trained to its
+      end, of another model, or of an arm.
     """
     where = f"--{flag}={directory}"
     if not os.path.isdir(directory):
@@ -32,16 +33,23 @@ def load(directory, template, about, flag="reference"):
     try:
         state, record = checkpoints.read()
         params, totals = state["learner"]["params"], train.Totals(**record["totals"])
+        step, steps, theirs_about = totals.step, record["steps"], record["about"]
     except Exception as e:
         why = str(e) if type(e) is TypeError else type(e).__name__
         raise ValueError(f"{where}: damaged ({why}): train it again or name another") from None
+    if not theirs_about:
+        raise ValueError(f"{where}: this is no reference but an arm: name the checkpoint directory "
+                         "of a reference, such as checkpoints/reference-0")
+    if step < steps:
+        raise ValueError(f"{where}: is trained for {step} of its {steps} steps: run the command "
+                         "that trains it to its end")
     theirs, ours = ({jax.tree_util.keystr(k): tuple(x.shape) for k, x in
                      jax.tree_util.tree_leaves_with_path(tree)} for tree in (params, template))
     for k in {**ours, **theirs}:
         if theirs.get(k) != ours.get(k):
             raise ValueError(f"{where}: of another size (params{k} is {theirs.get(k)}, here it is "
                              f"{ours.get(k)}): give the model flags it was trained with")
-    theirs, ours = (dict(leaves_of(x)) for x in (record["about"], files.plain(about)))
+    theirs, ours = (dict(leaves_of(x)) for x in (theirs_about, files.plain(about)))
     for k in ours:
         if theirs.get(k) != ours[k]:
             raise ValueError(f"{where}: was trained with another {k} ({theirs.get(k)}, here it is "
@@ -50,9 +58,8 @@ def load(directory, template, about, flag="reference"):
 
 
 def training_as_setup(totals):
-    """What the training of a reference adds to an arm's set-up: all of its seconds and FLOPs. If it
-    is itself an arm that selects, they include its own set-up."""
-    return train.Totals(setup_seconds=totals.seconds + totals.setup_seconds,
+    """What the training of a reference adds to an arm's set-up: all of its seconds and FLOPs."""
+    return train.Totals(setup_seconds=totals.seconds,
                         flops={"reference_training": sum(totals.flops.values())})
 
 

@@ -1,11 +1,11 @@
-"""The published SigLIP (2303.15343) and SigLIP 2 (2502.14786): their weights in our tree, and back.
+"""The published SigLIP (2303.15343) and SigLIP 2 (2502.14786): their weights in our tree.
 
     model, params = siglip.load("siglip-base-patch16-256/")       # Hugging Face's directory
     model, params = siglip.load("webli_en_b16_256_60500360.npz")  # big_vision's file
 
-`load` reads both formats; `to_big_vision` and `to_hugging_face` name our weights as they do. The
-architecture is read off the shapes of the tensors. Both formats hold the same numbers as our tree,
-under other names and in other shapes, so that a table of names and two short functions are all.
+`load` reads both formats. The architecture is read off the shapes of the tensors. Both formats hold
+the same numbers as our tree, under other names and in other shapes, so that a table of names and
+one short function are all.
 
 Not supported: the NaFlex models of SigLIP 2, which take images of every shape.
 
@@ -120,7 +120,7 @@ def their_name(key, scheme):
     return {BIG_VISION: "/", HUGGING_FACE: "."}[scheme].join(parts)
 
 
-# ----------------------------------------------------------------------------- shapes, both ways
+# ------------------------------------------------------------------------------ shapes and values
 
 
 def from_theirs(key, x, shape, scheme):
@@ -133,29 +133,6 @@ def from_theirs(key, x, shape, scheme):
         x = x.T
     # The rest differs only in axes of length one and in heads that are split off the width.
     return np.asarray(x, np.float32).reshape(shape)
-
-
-def to_theirs(key, x, model, scheme):
-    """The inverse of `from_theirs`; x is one block's leaf where blocks are stacked."""
-    x = np.asarray(x)
-    P, C = model.image.patch, model.image.channels
-    if key == "image/embed/w":
-        x = x.reshape(P, P, C, -1)
-        return x.transpose(3, 2, 0, 1) if scheme == HUGGING_FACE else x
-    if key in ("log_t", "b") or key.endswith("/probe") or (
-            key.endswith("/position") and scheme == BIG_VISION):
-        return x[None]
-    if scheme == HUGGING_FACE:
-        return x.T if key.endswith("/w") else x
-    if "/attention/" in key:
-        tower = model.image if key.startswith("image") else model.text
-        width, _, _, heads = vit.size(tower.size)
-        split = (heads, width // heads)
-        if "/o/" not in key:
-            return x.reshape(*x.shape[:-1], *split)  # D D -> D H K, and D -> H K for a bias
-        if key.endswith("/w"):
-            return x.reshape(*split, width)
-    return x
 
 
 def init(key, model):
@@ -182,17 +159,6 @@ def to_ours(tensors, model, scheme):
     if tensors:
         raise ValueError(f"not a SigLIP, it has a tensor {min(tensors)!r}")
     return params
-
-
-def to_names(params, model, scheme):
-    """Our parameters -> tensors by their names."""
-    tensors = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        key = "/".join(part.key for part in path)
-        name = their_name(key, scheme)
-        blocks = enumerate(np.asarray(x)) if "{i}" in name else [(None, x)]
-        tensors |= {name.format(i=i): to_theirs(key, one, model, scheme) for i, one in blocks}
-    return tensors
 
 
 # ------------------------------------------------------------------------------- the two converters
@@ -266,37 +232,6 @@ def from_hugging_face(tensors, config):
              for tower, name in (("image", "vision"), ("text", "text"))} if config else {}
     model = read_model(shape, tensors, P, C, heads, HUGGING_FACE)
     return model, to_ours(tensors, model, HUGGING_FACE)
-
-
-def to_big_vision(params, model):
-    """Our weights as tensors in big_vision's names, for `np.savez(path, **tensors)`.
-
-    Raises ValueError if big_vision's model would not give the same outputs with them."""
-    require_published_text(model)
-    return to_names(params, model, BIG_VISION)
-
-
-def to_hugging_face(params, model):
-    """Our weights as tensors in Hugging Face's names, for `write_safetensors`.
-
-    Raises ValueError if Hugging Face's model would not give the same outputs with them."""
-    require_published_text(model)
-    if model.image.n_out or (model.image.pool, model.text.pool) != ("map", "last"):
-        raise ValueError("Hugging Face's SiglipModel has no head behind the image tower, pools "
-                         "images by 'map' and texts by 'last'")
-    tensors = to_names(params, model, HUGGING_FACE)
-    old, new = "vision_model.head.self_attn.", "vision_model.head.attention."
-    for kind in ("weight", "bias"):
-        parts = [tensors.pop(f"{old}{letter}_proj.{kind}") for letter in "qkv"]
-        tensors[f"{new}in_proj_{kind}"] = np.concatenate(parts)
-        tensors[f"{new}out_proj.{kind}"] = tensors.pop(f"{old}out_proj.{kind}")
-    return tensors
-
-
-def require_published_text(model):
-    if model.text.mask_padding:
-        raise ValueError("the text tower of the published SigLIP looks at its padding: train with "
-                         "mask_padding=False to export")
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -401,17 +336,3 @@ def read_safetensors(path):
         x = data[start + begin:start + end].view(DTYPES[entry["dtype"]])
         tensors[name] = x.reshape(entry["shape"])
     return tensors
-
-
-def write_safetensors(path, tensors):
-    """Writes {name: float32 array} so that `read_safetensors` and others can read it."""
-    header, end = {}, 0
-    for name, x in tensors.items():
-        header[name] = {"dtype": "F32", "shape": x.shape, "data_offsets": [end, end + 4 * x.size]}
-        end += 4 * x.size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for x in tensors.values():
-            file.write(np.ascontiguousarray(x, np.float32).tobytes())

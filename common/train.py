@@ -199,8 +199,8 @@ class Totals:
 class Stage:
     """One training run of an arm, or of a part of it, with checkpoints that it resumes from.
 
-    spent: `Totals` before this stage; its rows count on from there. about: what its weights mean
-    beyond their shapes (sizes, tokenizer), for those who load them. counts: a `picks.Counts`, for a
+    spent: `Totals` before this stage; its rows count on from there. about, of a reference: what its
+    weights mean beyond their shapes (sizes, tokenizer), for `reference.load`. counts: a `picks.Counts`, for a
     stage whose metrics hold the step's picks as 'pick'. `totals` and `counts` are kept up to date.
     """
 
@@ -296,8 +296,8 @@ class Stage:
             return
         self._stop_clock()
         self._saved.save(self.step, self._with_counts(state), {
-            "totals": dataclasses.asdict(self.totals), "sums": self._sums, "n": self._n,
-            "about": self.about})
+            "totals": dataclasses.asdict(self.totals), "steps": self.steps, "sums": self._sums,
+            "n": self._n, "about": self.about})
         if stops:
             self._saved.close()
             self._bar.close()

@@ -51,7 +51,7 @@ def on_devices():
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """name -> the directory of a small prepared set: 'labelled', with images of several sizes, and
-    'captioned', which has no labels."""
+    'captioned' and 'grey', which have no labels."""
     pytest.importorskip("importlib_resources")  # TFDS wants it to prepare a set
     import io
     import numpy as np
@@ -59,13 +59,13 @@ def prepared(tmp_path_factory):
     import tensorflow_datasets as tfds
     n = {"train": 48, "test": 16}
 
-    def images(split, sizes):
+    def images(split, sizes, channels=3):
         """Encoded: given an array, TFDS would call TensorFlow to encode it."""
         rng = np.random.default_rng(len(split))
         for i in range(n[split]):
-            image = rng.integers(0, 256, (*sizes[i % len(sizes)], 3), np.uint8)
+            image = rng.integers(0, 256, (*sizes[i % len(sizes)], channels), np.uint8)
             png = io.BytesIO()
-            PIL.Image.fromarray(image).save(png, "PNG")
+            PIL.Image.fromarray(image.squeeze()).save(png, "PNG")
             yield i, io.BytesIO(png.getvalue())
 
     class Labelled(tfds.core.GeneratorBasedBuilder):
@@ -85,19 +85,24 @@ def prepared(tmp_path_factory):
 
     class Captioned(Labelled):
         VERSION = tfds.core.Version("1.0.0")
+        CHANNELS = 3
 
         def _info(self):
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-                "image": tfds.features.Image(shape=(16, 16, 3)),
+                "image": tfds.features.Image(shape=(16, 16, self.CHANNELS)),
                 "caption": tfds.features.Text()}))
 
         def _generate_examples(self, split):
-            for i, image in images(split, [(16, 16)]):
+            for i, image in images(split, [(16, 16)], self.CHANNELS):
                 yield i, {"image": image, "caption": f"picture {i} of a {'bee' if i % 2 else 'cat'}"}
+
+    class Grey(Captioned):
+        VERSION = tfds.core.Version("1.0.0")
+        CHANNELS = 1
 
     data_dir = tmp_path_factory.mktemp("prepared")
     out = {}
-    for name, kind in (("labelled", Labelled), ("captioned", Captioned)):
+    for name, kind in (("labelled", Labelled), ("captioned", Captioned), ("grey", Grey)):
         builder = kind(data_dir=data_dir, file_format="array_record")
         builder.download_and_prepare()
         out[name] = Path(builder.data_dir)

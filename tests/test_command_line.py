@@ -294,6 +294,13 @@ REFUSED = {  # flags, then what the line must name: the flag or file, and the me
     "pool smaller than a super-batch": (["--toy_examples=7"], "--ratio=2", "16 examples", "only 7"),
     "ratio below 1": (["--ratio=0.5"], "--ratio=0.5", r"\[1, inf\)"),
     "part of an example": (["--ratio=1.2"], "--ratio=1.2", "batch_size", "whole"),
+    "held-out part of no example": (
+        ["--reference=held_out", "--held_out_fraction=0.0005"], "--held_out_fraction=0.0005",
+        "0 of the 600 examples"),
+    "arm held_out without such a part": (["--arms=uniform,held_out"], "--reference=in_domain",
+                                         "name --arms without it"),
+    "captions of flipped images": ([*IMAGE_TEXT, "--augment=shift_flip"], "--augment=shift_flip",
+                                   "'left' and 'right' false"),
     "no gain": (["--score_gain=0"], "--score_gain=0", r"\(0, inf\)"),
     "proxy learning rate": (["--proxy_learning_rate=-1"], "--proxy_learning_rate=-1", r"\[0, inf\)"),
     "weight decay": (["--weight_decay=-1"], "--weight_decay=-1", r"\[0, inf\)"),

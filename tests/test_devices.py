@@ -1,5 +1,7 @@
 """Sharding, collectives, and programs over all devices."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,16 @@ def test_the_mean_over_devices_keeps_tree_shapes_and_types():
     np.testing.assert_allclose(got["half"].astype(np.float32), x.mean(0), atol=0.02)
 
 
+def test_no_service_of_jax_swallows_the_signals_that_the_scripts_save_on():
+    before = jax.config.jax_enable_preemption_service
+    try:
+        jax.config.update("jax_enable_preemption_service", True)
+        devices.start(types.SimpleNamespace(coordinator=None))
+        assert not jax.config.jax_enable_preemption_service
+    finally:
+        jax.config.update("jax_enable_preemption_service", before)
+
+
 def test_the_devices_must_divide_a_batch():
     devices.divides(batch_size=3 * N, other=N)
     for bad in {0, -N, *([N + 1] if N > 1 else [])}:
@@ -79,3 +91,16 @@ def test_a_program_is_compiled_once_off_the_clock_and_keeps_state_unreplicated()
     fresh = {"w": jnp.zeros(3), "n": jnp.int32(0)}  # as the next seed has it
     np.testing.assert_array_equal(program(fresh, np.int32(0), batch)[0]["w"], [1, 1, 1])
     assert len(traced) == 1 and devices.compiling.seconds - before == spent
+
+
+def test_a_program_is_compiled_once_for_each_set_of_shapes():
+    double = devices.pmap(lambda batch: jax.tree.map(lambda x: gather(2 * x), batch), (0,))
+    rows = lambda n, *names: devices.shard({k: np.arange(n * N, dtype=np.float32) for k in names})
+    times = []
+    for n, names in ((1, "x"), (3, "x"), (1, "xy"), (1, "x"), (3, "x")):
+        begin = devices.compiling.seconds
+        got = double(rows(n, *names))
+        times.append(devices.compiling.seconds - begin)
+        for k in names:
+            np.testing.assert_array_equal(got[k], 2.0 * np.arange(n * N))
+    assert all(times[:3]) and times[3:] == [0, 0]

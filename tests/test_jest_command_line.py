@@ -183,6 +183,13 @@ def test_other_scores_softmax_and_another_reference_set(command, prepared, tmp_p
     assert "zero_shot" not in last["uniform"]  # this set has no labels
 
 
+def test_a_batch_that_is_larger_than_those_by_which_a_pool_is_embedded(command, tmp_path):
+    command.good(*TINY, "--batch_size=512", "--filter_ratio=0", "--toy_examples=700", "--steps=1",
+                 "--reference_steps=1", "--eval_every=1", "--arms=jest", f"--workdir={tmp_path}/run")
+    last = rows(tmp_path / "run")[-1]
+    assert (last["arm"], last["examples_trained"]) == ("jest", 512) and np.isfinite(last["loss"])
+
+
 REFUSED = {
     "unknown arm": (["--arms=uniform,magic"], "--arms", "'magic'", "flexi_jest"),
     "an arm twice": (["--arms=jest,jest"], "--arms", "once"),
@@ -190,6 +197,12 @@ REFUSED = {
     "part of an example": (["--filter_ratio=0.7"], "--filter_ratio=0.7", "whole"),
     "a super-batch of 10": (["--filter_ratio=0.2"], "--filter_ratio=0.2", "over 4 devices"),
     "pool smaller than a super-batch": (["--toy_examples=12"], "--filter_ratio", "smaller"),
+    "curated part of no pair": (["--curated_fraction=0.002"], "--curated_fraction=0.002", "0 of the "
+                                "160 examples", "holds some"),
+    "reference set in grey": (["--reference_dataset={grey}"], "--reference_dataset=.*grey",
+                              "as many channels .* 3, not 1"),
+    "split of the reference set": (["--reference_dataset={captioned}", "--reference_split=trian"],
+                                   "--reference_split=trian", "train"),
     "gain of 0": (["--score_gain=0"], "--score_gain=0", r"\(0, inf\)"),
     "more chunks than picks": (["--n_chunks=9"], "--n_chunks=9", "8"),
     "only warm-up": (["--warmup=0.95"], "--warmup=0.95", "less than all"),
@@ -205,6 +218,7 @@ REFUSED = {
                                   "--reference=", "another size"),
     "reference noise": (["--reference_noise=-0.5"], "--reference_noise=-0.5",
                         r"\[0, 1\] or -1"),
+    "an arm as the reference": (["--reference={arm}"], "--reference=.*uniform-0", "no reference"),
     "reference of another loss": (["--reference={reference}", "--loss=softmax"], "--reference=",
                                   "another size"),
     "reference of other heads": (["--reference={reference}", "--model=16/1/32/2"],
@@ -226,7 +240,8 @@ def refused(finished, prepared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("refused")
     paths = {name: folder / name for name in ("gutted", "damaged", "foreign", "empty")}
     paths["empty"].mkdir()
-    paths |= {**prepared, "reference": finished[0] / "checkpoints" / "reference-0"}
+    paths |= {**prepared, "reference": finished[0] / "checkpoints" / "reference-0",
+              "arm": finished[0] / "checkpoints" / "uniform-0"}
     shutil.copytree(paths["reference"], paths["gutted"])
     gut(paths["gutted"], "cut")
     for name in ("damaged", "foreign"):

@@ -42,7 +42,7 @@ def test_the_readme_runs_each_script():
 def test_a_command_of_the_readme(script, flags, prepared, directory, tmp_path):
     kind = "captioned" if "emoji" in " ".join(flags) else "labelled"
     path = str(prepared[kind])
-    given = [re.sub(r"path/to/\w+/[\d.]+", path, f) for f in flags]
+    given = [re.sub(r"(path/to|data)/\w+/[\d.]+", path, f) for f in flags]
     given = [f"--dataset={path}" if re.match("--dataset=path", f) else f for f in given]
     workdir = tmp_path / "run"
     done = Command(directory, script).good(*given, *TINY[script], "--image_size=16",

@@ -14,14 +14,19 @@ from test_train import RECORD, damage, flip_a_bit, same, trained
 ABOUT = {"model": {"image": vit.architecture(vit.ViT("16/1/32/2", 16, 8, 3))}, "tokenizer": "abc"}
 
 
-@pytest.fixture(scope="module")
-def step_three(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoints") / "arm-0"
+def save(path, **changed):
+    """A checkpoint of step 3."""
     checkpoints = train.Checkpoints(path)
     totals = vars(train.Totals(step=3, seconds=0.1 + 0.2, flops={"learner": 10**19}))
-    checkpoints.save(3, trained(3), {**RECORD, "totals": totals, "about": ABOUT})
+    checkpoints.save(3, trained(3), {
+        **RECORD, "totals": totals, "steps": 3, "about": ABOUT, **changed})
     checkpoints.close()
     return path
+
+
+@pytest.fixture(scope="module")
+def step_three(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("checkpoints") / "arm-0")
 
 
 @pytest.fixture
@@ -41,11 +46,10 @@ def test_params_are_restored_without_the_optimiser(saved):
 
 
 def test_all_that_training_a_reference_took_is_an_arm_s_setup():
-    """Also what the reference's own reference took, if it is an arm that selects."""
-    totals = train.Totals(step=9, examples_trained=8, seconds=3.0, setup_seconds=0.5,
-                          flops={"learner": 5, "reference_training": 2})
+    totals = train.Totals(step=9, examples_trained=8, seconds=3.0,
+                          flops={"reference_training": 5, "selection": 2})
     assert reference.training_as_setup(totals) == train.Totals(
-        setup_seconds=3.5, flops={"reference_training": 7})
+        setup_seconds=3.0, flops={"reference_training": 7})
 
 
 @pytest.mark.parametrize("how, words", [
@@ -69,6 +73,15 @@ def test_what_does_not_fit_is_refused_by_flag(saved, tmp_path, how, words):
     message = str(error.value)
     assert "\n" not in message and message.startswith(f"--reference={directory}: ")
     assert how != "missing" or not os.path.exists(directory)
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"steps": 5}, "is trained for 3 of its 5 steps: run the command"),
+    ({"about": {}}, "no reference but an arm: .*checkpoints/reference-0")])
+def test_a_reference_must_be_one_and_be_trained_to_its_end(tmp_path, changed, words):
+    directory = str(save(tmp_path / "arm-0", **changed))
+    with pytest.raises(ValueError, match=f"^--reference={directory}: .*{words}"):
+        load(directory)
 
 
 def test_a_model_may_be_named_or_given_in_numbers_and_its_dtype_is_no_matter():

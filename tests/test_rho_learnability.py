@@ -1039,3 +1039,10 @@ def test_no_random_key_is_used_twice():
         _, metrics = step(mapped, start("learnability", reference_scores="computed"), 0,
                           super_batch("cross_entropy"))
         assert picked(metrics).sum() == S
+
+
+def test_a_super_batch_is_whole_up_to_rounding():
+    size = lambda ratio, b: rho.super_batch_size(flags.Namespace(ratio=ratio, batch_size=b))
+    assert (size(2.3, 100), size(1.1, 30), size(5.0, 128)) == (230, 33, 640)
+    with pytest.raises(ValueError, match="--ratio=2.301: want a whole super-batch.* is 230.100"):
+        size(2.301, 100)

@@ -14,6 +14,7 @@ import pytest
 import jest
 from common import data, flags, prepared as prepared_sets, reference, siglip, vit
 from processes import Command, assert_refused, refusals, rows
+import write_siglip
 
 # A tokenizer of 256 pieces. It stands in for the package, which the tests do without.
 STAND_IN = '''
@@ -53,10 +54,10 @@ def weights(params, tmp_path_factory):
     """A directory with the model as Hugging Face's files and as big_vision's, its tokenizer, and
     the module that stands in for sentencepiece."""
     folder = tmp_path_factory.mktemp("weights")
-    siglip.write_safetensors(folder / "model.safetensors", siglip.to_hugging_face(params, MODEL))
+    write_siglip.write_safetensors(folder / "model.safetensors", write_siglip.to_hugging_face(params, MODEL))
     heads = {"num_attention_heads": 2}
     (folder / "config.json").write_text(json.dumps({"text_config": heads, "vision_config": heads}))
-    np.savez(folder / "model.npz", **siglip.to_big_vision(params, MODEL))
+    np.savez(folder / "model.npz", **write_siglip.to_big_vision(params, MODEL))
     (folder / "spiece.model").write_text("tiny 256")
     (folder / "sentencepiece.py").write_text(STAND_IN)
     return folder
@@ -363,10 +364,10 @@ def test_what_cannot_be_a_reference_is_refused_before_any_work(weights, params, 
     bad["cut"].write_bytes(good.read_bytes()[:3000])
     shutil.copy(weights / "config.json", tmp_path)
     tensors = siglip.read_safetensors(good)
-    siglip.write_safetensors(bad["clip"], {k: v for k, v in tensors.items()
+    write_siglip.write_safetensors(bad["clip"], {k: v for k, v in tensors.items()
                                            if "vision_model.head" not in k})
     name = "vision_model.embeddings.patch_embedding.weight"
-    siglip.write_safetensors(bad["naflex"], {**tensors, name: tensors[name].reshape(16, -1)})
+    write_siglip.write_safetensors(bad["naflex"], {**tensors, name: tensors[name].reshape(16, -1)})
     (tmp_path / "big.model").write_text("tiny 32000")
     (tmp_path / "empty").mkdir()
     tokenizer, npz = f"--reference_tokenizer={weights}/spiece.model", f"{weights}/model.npz"
