@@ -5,6 +5,7 @@ import textwrap
 
 from absl import logging
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 import numpy as np
 
@@ -56,8 +57,10 @@ def curves(tracks, metric, title):
         style(ax, label)
     axes[0].set_ylabel(metric.replace("_", " "))
     figure.suptitle(title, parse_math=False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False,
-                  ncols=len(tracks) + 1)
+    handles, _ = axes[0].get_legend_handles_labels()
+    handles.append(Line2D([], [], marker="o", linestyle="", color=COLOURS[0], markersize=9,
+                          markeredgecolor="white", label=f"reached ({baseline}: within one sd)"))
+    figure.legend(handles=handles, loc="outside lower center", frameon=False, ncols=len(handles))
     return figure
 
 
