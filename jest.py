@@ -25,7 +25,7 @@ Dimension letters: B super-batch, N a device's share of it, S sub-batch (b) or a
 it, C chunk (in class_CE: classes), A all rows of a batch on all devices, E embedding, P patch side,
 D width, H W image. T is the sub-batch so far; as a dimension, tokens.
 
-Two minutes on a CPU core:  python jest.py
+One or two minutes, a core: python jest.py
 The measurements:           python jest.py --preset=toy_100k; all commands are in docs/results.md
 The paper's model:          python jest.py --preset=siglip_B  (a trial, on generated images)
 
@@ -35,6 +35,7 @@ Where we differ from the paper, or its pseudo-code from its text: docs/differenc
 import dataclasses
 import functools
 
+from absl import logging
 import einops
 import jax
 import jax.numpy as jnp
@@ -80,8 +81,9 @@ def define_flags():
     f = flags.Group("Method")
     f.names("arms", ["uniform", "jest", "flexi_jest", "curated"], f"comma list of "
             f"{', '.join(METHODS)}. {', '.join(SELECTS)} select by learnability, or with "
-            "_easy_reference or _hard_learner at the end of the name by that score. The first is the baseline. curated is a control: the learner, trained "
-            "on the reference's curated part alone. Selection pays only if it beats that")
+            "_easy_reference or _hard_learner at the end of the name by that score. The first is "
+            "the baseline. curated is a control: the learner, trained on the reference's curated "
+            "part alone. Selection pays only if it beats that")
     f.number("filter_ratio", 0.8, "[0, 1)", "f = 1 - b/B: part of the super-batch that is left out")
     f.integer("n_chunks", 8, "[1, inf)", "chunks in which jest draws its sub-batch (paper: 16)")
     f.number("score_gain", 100.0, "(0, inf)", "multiplies the scores before a chunk is drawn from "
@@ -898,7 +900,8 @@ def check(config):
     methods = [ARMS[arm][0] for arm in config.arms]
     if siglip.is_published(config.reference):
         require("curated" not in config.arms, "reference", "'curated' or a checkpoint for the arm "
-                "curated, as with published weights no part is set apart; or name --arms without it")
+                "curated, as with published weights no part is set apart; or name --arms without "
+                "it")
         require(config.reference_scores == "cached", "reference_scores", "cached, as published "
                 "weights (--reference) embed the pool once")
         require(config.loss == "sigmoid", "loss", "sigmoid, which the published weights of "
@@ -1037,6 +1040,10 @@ def main():
     if published:  # their training was paid for by others: nothing of it is in our bill
         given = dict.fromkeys(config.seeds, (reference_params, train.Totals()))
     elif config.reference != "curated":
+        if set_apart and len(config.seeds) > 1 and "{seed}" not in config.reference:
+            logging.warning("--reference=%s serves all seeds, and each has its own curated part: "
+                            "it may have been trained on pairs that the arms select from",
+                            config.reference)
         template = jax.eval_shape(lambda: init(jax.random.key(0), reference_model))
         given = {seed: reference.load(config.reference.replace("{seed}", str(seed)), template,
                                       about) for seed in config.seeds}

@@ -22,7 +22,7 @@ Dimension letters: B super-batch, N a device's share of it, S sub-batch (b) or a
 it, A all rows of a batch on all devices, C classes (in NHWC: channels), E embedding, T tokens,
 H W image.
 
-A minute on two CPU cores:  python rho_learnability.py
+One or two minutes, a core: python rho_learnability.py
 The measurements:           docs/results.md has all commands
 The paper's model sizes:    python rho_learnability.py --preset=classact_L, or activeclip_B. They
                             have the paper's ratio and reference too, on generated images and a

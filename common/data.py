@@ -303,8 +303,8 @@ def part_size(ids, fraction, flag):
     parts has no example."""
     n = round(fraction * len(ids))
     if not 0 < n < len(ids):
-        raise ValueError(f"--{flag}={fraction}: that is {n} of the {len(ids)} examples: want a part "
-                         "that holds some of them and leaves some")
+        raise ValueError(f"--{flag}={fraction}: that is {n} of the {len(ids)} examples: want a "
+                         "part that holds some of them and leaves some")
     return n
 
 

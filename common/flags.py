@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import logging as py_logging
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -242,13 +243,18 @@ def run(main):
         try:
             return flags.FLAGS(argv)
         except flags.Error as e:
-            sys.exit(end(ValueError(one_line(e).removeprefix("flag ")), 2))
+            text = one_line(e).removeprefix("flag ")
+            if text.startswith("Unknown"):
+                text += "; --help lists all flags"
+            sys.exit(end(ValueError(text), 2))
 
     def guarded(argv):
         try:
             if len(argv) > 1:
                 raise ValueError(f"stray argument {argv[1]!r}: flags are written --name=value")
             main()
+            for s in (signal.SIGINT, signal.SIGTERM):  # nothing is left that a signal could save
+                signal.signal(s, signal.SIG_DFL)
         except KeyboardInterrupt:  # before `train.Run` listens to signals
             leave(end(Stopped("stopped before any work was done"), CODES[Stopped]))
         except Exception as e:

@@ -205,6 +205,9 @@ def open_builder(dataset, data_dir, of):
                    tfds.builder(dataset, data_dir=data_dir and os.path.expanduser(data_dir),
                                 file_format="array_record"))
     except Exception as e:
+        if os.path.isdir(path):
+            raise ValueError(f"{of} holds no prepared data set: name the directory of its version, "
+                             "such as data/mine/1.0.0") from None
         raise ValueError(f"{of}: no such directory, and no TFDS name "
                          f"({reason(e)})") from None
     if not builder.info.splits:

@@ -26,7 +26,7 @@ def load(directory, template, about, flag="reference"):
     """
     where = f"--{flag}={directory}"
     if not os.path.isdir(directory):
-        raise ValueError(f"{where}: no such checkpoint directory")
+        raise ValueError(f"{where}: no such checkpoint directory; --help says what the flag takes")
     checkpoints = train.Checkpoints(directory)
     if checkpoints.latest() is None:
         raise ValueError(f"{where}: holds no checkpoint")

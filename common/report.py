@@ -261,18 +261,21 @@ def conclude(workdir, *, picks=None, clusters=None):
     Raises: ValueError, in one line, if the run is not finished.
     """
     workdir = Path(workdir)
-    config = json.loads((workdir / "config.json").read_text())
-    if not isinstance(config, dict) or "flags" not in config:
-        raise ValueError(f"{workdir}/config.json is not that of a run: name another directory")
-    arms, seeds = config["flags"]["arms"], config["flags"]["seeds"]
+    try:
+        config = json.loads((workdir / "config.json").read_text())
+        script, dataset, arms, seeds = config["script"], *(
+            config["flags"][k] for k in ("dataset", "arms", "seeds"))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{workdir} holds no config.json of a run: name another directory"
+                         ) from None
     log = files.MetricsFile(workdir / "metrics.jsonl")
     seen = {k for r in log.rows() if r["arm"] in arms for k in r}
     metric = next((k for k in HEADLINES if k in seen), "accuracy")
     rows = finished(log.rows(), metric, arms, seeds, log.path)
     curve_metric, more = HEADLINES[metric]
     # The data set may be a path that ends with a version: .../emoji/1.0.0 is called emoji.
-    dataset = re.sub(r"(/[\d.]*)*$", "", config["flags"]["dataset"]).rpartition("/")[2]
-    script = Path(config["script"]).stem
+    dataset = re.sub(r"(/[\d.]*)*$", "", dataset).rpartition("/")[2]
+    script = Path(script).stem
     summary = summarise(rows, metric, arms, script=script, dataset=dataset)
     parts = [table(summary), sentences(summary), details(summary, more)]
     print(*filter(None, parts), sep="\n\n", flush=True)

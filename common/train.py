@@ -157,8 +157,8 @@ class Stop:
             self._awaited = False
 
     def _handle(self, number, frame):
-        if self._awaited and not self.came:
-            self.came = True
+        first, self.came = not self.came, True
+        if self._awaited and first:
             return
         print("stopped: the same command goes on from what is saved", file=sys.stderr, flush=True)
         flags.leave(128 + number)
@@ -200,8 +200,9 @@ class Stage:
     """One training run of an arm, or of a part of it, with checkpoints that it resumes from.
 
     spent: `Totals` before this stage; its rows count on from there. about, of a reference: what its
-    weights mean beyond their shapes (sizes, tokenizer), for `reference.load`. counts: a `picks.Counts`, for a
-    stage whose metrics hold the step's picks as 'pick'. `totals` and `counts` are kept up to date.
+    weights mean beyond their shapes (sizes, tokenizer), for `reference.load`. counts: a
+    `picks.Counts`, for a stage whose metrics hold the step's picks as 'pick'. `totals` and `counts`
+    are kept up to date.
     """
 
     def __init__(self, run, name, seed, steps, *, spent=None, about=(), counts=None):

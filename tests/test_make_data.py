@@ -294,3 +294,37 @@ def test_every_set_has_its_packages_and_every_package_a_licence():
         assert (version is None) == (manager == "apt"), name
     for name in make.SETS:
         assert callable(getattr(make, name)) and name in make.__doc__
+
+
+def test_own_images_of_any_kind_come_back_as_they_look(tmp_path):
+    red = PIL.Image.new("RGB", (16, 16), "red")
+    clear = PIL.Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    rows = [{"image": PIL.Image.new("L", (16, 16), 128), "label": 7},
+            {"image": red.convert("P"), "label": 30}, {"image": clear, "label": 7}]
+    path = make.write("mine", "1.0.0", {"train": rows, "test": rows}, tmp_path)
+    read = source(path, need=("label",))
+    batch = read.read(read.ids)
+    assert read.class_names == ("30", "7")
+    got = {(tuple(image[0, 0]), read.class_names[label])
+           for image, label in zip(batch["image"], batch["label"])}
+    assert got == {((128, 128, 128), "7"), ((255, 0, 0), "30"), ((255, 255, 255), "7")}
+    with pytest.raises(ValueError, match="mine/1.0.0 is there already: remove it"):
+        make.write("mine", "1.0.0", {"train": rows, "test": rows}, tmp_path)
+
+
+def test_own_images_that_are_no_squares_of_one_size_need_a_size(tmp_path):
+    for name, sizes in (("oblong", [(20, 16)]), ("mixed", [(20, 16), (16, 16)])):
+        rows = [{"image": PIL.Image.new("L", size), "caption": "a"} for size in sizes]
+        path = make.write(name, "1.0.0", {"train": rows, "test": rows}, tmp_path)
+        with pytest.raises(ValueError, match="give --image_size") as error:
+            source(path, need=("caption",), context=4)
+        assert name != "oblong" or "(16, 20, 1)" in str(error.value)
+        assert source(path, need=("caption",), context=4, image_size=8).image_shape == (8, 8, 1)
+
+
+def test_own_examples_must_have_the_same_fields(tmp_path):
+    image = PIL.Image.new("L", (16, 16))
+    rows = [{"image": image, "label": "a"}, {"image": image}]
+    with pytest.raises(ValueError, match="mine: example 1 has the fields image, and the first one "
+                                         "has image, label"):
+        make.write("mine", "1.0.0", {"train": rows, "test": rows}, tmp_path)

@@ -413,7 +413,8 @@ def test_a_picture_that_cannot_be_drawn_is_one_warning_after_the_tables(
 
 
 def test_a_directory_of_something_else_is_refused_in_one_line(tmp_path):
-    for text in ("{}", "[]"):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ValueError, match="config.json is not that of a run"):
+    for text in (None, "", "{}", "[]", '{"script": "jest.py", "flags": {}}'):
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"^{tmp_path} holds no config.json of a run"):
             report.conclude(tmp_path)

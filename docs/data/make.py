@@ -52,7 +52,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import PIL.ImageOps
 
-from common import flags
+from common import flags, prepared
 
 # name -> (who has it, version or None for that of the release, licence)
 PACKAGES = {
@@ -365,24 +365,40 @@ def glyphs(package, side=32):
 def write(name, version, splits, out):
     """Writes {split: examples} to out/name/version as TFDS does, and returns that path.
 
+    An example is a dict. 'image' is a PIL image; transparent pixels are laid over white. 'label' is
+    the name of a class, 'caption' a text. All examples have the same fields.
+
     TFDS puts the examples into an order that looks random, so that a part of a split is a fair one.
+    Raises: ValueError if the set is there already, or if examples have different fields.
     """
     import tensorflow_datasets as tfds  # here and not above: it takes seconds
     tfds.disable_progress_bar()
-    first = splits["train"][0]
-    shape = (*first["image"].size, len(first["image"].getbands()))
-    kinds = {"image": tfds.features.Image(shape=shape)}
-    for field in first:
-        if field in ("label", "category", "style"):
-            names = sorted({e[field] for part in splits.values() for e in part})
+    path = Path(out) / name / version
+    if path.exists():
+        raise ValueError(f"{path} is there already: remove it, or choose another name or version")
+    examples = [e for part in splits.values() for e in part]
+    fields, images = list(examples[0]), [e["image"] for e in examples]
+    for i, example in enumerate(examples):
+        if set(example) != set(fields):
+            raise ValueError(f"{name}: example {i} has the fields {', '.join(example)}, and the "
+                             f"first one has {', '.join(fields)}: all must have the same")
+    grey = all(im.mode in ("1", "L") and not im.has_transparency_data for im in images)
+    channels, sizes = 1 if grey else 3, {im.size for im in images}
+    width, height = sizes.pop() if len(sizes) == 1 else (None, None)
+    kinds = {"image": tfds.features.Image(shape=(height, width, channels))}
+    classes = [field for field in fields if field in ("label", "category", "style")]
+    for field in fields:
+        if field in classes:
+            names = sorted({str(e[field]) for e in examples})
             kinds[field] = tfds.features.ClassLabel(names=names)
         elif field != "image":
             kinds[field] = tfds.features.Text() if field == "caption" else np.int64
 
     def encoded(example):  # given an array, TFDS would call TensorFlow to encode it
         png = io.BytesIO()
-        example["image"].save(png, "PNG")
-        return {**example, "image": io.BytesIO(png.getvalue())}
+        prepared.picture(example["image"], channels).save(png, "PNG")
+        return {**example, **{field: str(example[field]) for field in classes},
+                "image": io.BytesIO(png.getvalue())}
 
     class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(version)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import data, flags, reference
+from common import data, flags, train
 import jest
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 import slow_jest
@@ -53,7 +53,6 @@ def main():
     source, _ = data.open_splits(config, encode, context=config.context, need=("caption",),
                                  toy_image_size=jest.TOY["image_size"])
     model = jest.build_model(config, "model", source, vocab)
-    template = jax.eval_shape(lambda: jest.init(jax.random.key(0), model))
     embed = jax.jit(jest.embed, static_argnums=2)
     sample = {"self": jax.jit(lambda key, gain, learner, reference, n_chunks: jest.jointly_sample(
         key, {"learner": learner, "reference": reference}, b, n_chunks, score_gain=gain),
@@ -62,8 +61,8 @@ def main():
         key, gain, learner, reference, b, n_chunks), static_argnums=4)}
     results = {}
     for seed in config.seeds:
-        both = [reference.load(os.path.join(config.workdir, "checkpoints", f"{name}-{seed}"),
-                               template, {}, "workdir")[0] for name in ("jest", "reference")]
+        both = [train.Checkpoints(os.path.join(config.workdir, "checkpoints", f"{name}-{seed}"))
+                .read()[0]["learner"]["params"] for name in ("jest", "reference")]
         whole = data.Pool(source, noise=noise, field="tokens", seed=seed)
         rest = whole.subset(data.split(whole.ids, config.curated_fraction, seed)[1])
         largest = round(b / (1 - max(RATIOS)))
