@@ -285,6 +285,17 @@ def test_a_signal_outside_a_training_loop_ends_the_program(new_run, capsys):
         time.sleep(2)
     assert end.value.code == 128 + signal.SIGTERM
     assert "the same command goes on" in capsys.readouterr().err
+    assert run.stop  # where python swallows the exit, in a callback, the next loop stops
+
+
+def test_once_a_command_has_ended_a_signal_is_nobody_s_business():
+    code = """if True:
+        import atexit, signal
+        from common import flags, train
+        atexit.register(lambda: print([signal.getsignal(s) for s in (2, 15)]))
+        flags.run(train.Stop)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0 and done.stdout.count("SIG_DFL") == 2, done.stdout + done.stderr
 
 
 def test_a_stop_at_the_very_end_of_a_stage_is_no_later_one(new_run):
