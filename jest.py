@@ -1021,8 +1021,8 @@ def main():
                       "reference_dataset", "images with as many channels as those of --dataset: "
                       f"{source.image_shape[2]}, not {curated_source.image_shape[2]}")
     set_apart = not (curated_source or published)  # a curated part, from the pool
-    n_curated = set_apart and data.part_size(source.ids, config.curated_fraction,
-                                             "curated_fraction")
+    n_curated = data.part_size(source.ids, config.curated_fraction,
+                               "curated_fraction") if set_apart else 0
     if any(ARMS[arm][0] in SELECTS for arm in config.arms):
         data.check_batch(source.ids[n_curated:], B, f"--filter_ratio={config.filter_ratio}")
     model = build_model(config, "model", source, vocab)

@@ -710,8 +710,8 @@ def main():
     source, test_source = data.open_splits(config, encode, context=config.context if text else 0,
                                            need=(needed,), toy_image_size=TOY["image_size"])
     B, held_out = super_batch_size(config), config.reference == "held_out"
-    n_held_out = held_out and data.part_size(source.ids, config.held_out_fraction,
-                                             "held_out_fraction")
+    n_held_out = data.part_size(source.ids, config.held_out_fraction,
+                                "held_out_fraction") if held_out else 0
     if set(config.arms) & set(SCORES):
         data.check_batch(source.ids[n_held_out:], B, f"--ratio={config.ratio:g}")
     learner, proxy = build_models(config, source, vocab)
