@@ -74,8 +74,8 @@ class pmap:
         self._donate, self._compiled = donate, {}
 
     def __call__(self, *args):
-        leaves, names = jax.tree.flatten(args)
-        shapes = names, *((x.shape, x.dtype) for x in leaves)
+        leaves, structure = jax.tree.flatten(args)
+        shapes = structure, *((x.shape, x.dtype) for x in leaves)
         if shapes not in self._compiled:
             begin = time.perf_counter()
             self._compiled[shapes] = self._compile(args)

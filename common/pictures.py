@@ -10,6 +10,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 import numpy as np
 
 COLOURS = ("#444444", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DOT = {"marker": "o", "linestyle": "", "markersize": 9, "markeredgecolor": "white"}
 WRONG = "#D55E00"  # a picked image whose label or caption is wrong
 
 
@@ -51,15 +52,14 @@ def curves(tracks, metric, title):
             dot = np.flatnonzero(mean >= (near if arm == baseline else target))[:1]
             ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
             ax.plot(x, mean, ".-", color=colour, linewidth=2, label=arm)
-            ax.plot(x[dot], mean[dot], "o", color=colour, markersize=9,
-                    markeredgecolor="white", zorder=4)
+            ax.plot(x[dot], mean[dot], color=colour, zorder=4, **DOT)
         ax.axhline(target, color=COLOURS[0], linestyle=":", label=f"{baseline}'s best {target:.3f}")
         style(ax, label)
     axes[0].set_ylabel(metric.replace("_", " "))
     figure.suptitle(title, parse_math=False)
     handles, _ = axes[0].get_legend_handles_labels()
-    handles.append(Line2D([], [], marker="o", linestyle="", color=COLOURS[0], markersize=9,
-                          markeredgecolor="white", label=f"reached ({baseline}: within one sd)"))
+    handles.append(Line2D([], [], color=COLOURS[0], label=f"reached ({baseline}: within one sd)",
+                          **DOT))
     figure.legend(handles=handles, loc="outside lower center", frameon=False, ncols=len(handles))
     return figure
 

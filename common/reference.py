@@ -16,15 +16,15 @@ import tqdm
 from common import data, devices, files, flags, prepared, siglip, train
 
 
-def load(directory, template, about, flag="reference"):
+def load(directory, template, about):
     """(the learner's params, `train.Totals`) that the stage of a reference left in `directory`.
 
     template: params of the same shapes. about: what the stage must have been told as its `about`;
     the sizes of arrays cannot tell another number of heads or another tokenizer.
-    Raises: ValueError naming the flag if the checkpoint is missing, damaged, not trained to its
+    Raises: ValueError naming --reference if the checkpoint is missing, damaged, not trained to its
       end, of another model, or of an arm.
     """
-    where = f"--{flag}={directory}"
+    where = f"--reference={directory}"
     if not os.path.isdir(directory):
         raise ValueError(f"{where}: no such checkpoint directory; --help says what the flag takes")
     checkpoints = train.Checkpoints(directory)
@@ -33,15 +33,15 @@ def load(directory, template, about, flag="reference"):
     try:
         state, record = checkpoints.read()
         params, totals = state["learner"]["params"], train.Totals(**record["totals"])
-        step, steps, theirs_about = totals.step, record["steps"], record["about"]
+        steps, theirs_about = record["steps"], record["about"]
     except Exception as e:
         why = str(e) if type(e) is TypeError else type(e).__name__
         raise ValueError(f"{where}: damaged ({why}): train it again or name another") from None
     if not theirs_about:
         raise ValueError(f"{where}: this is no reference but an arm: name the checkpoint directory "
                          "of a reference, such as checkpoints/reference-0")
-    if step < steps:
-        raise ValueError(f"{where}: is trained for {step} of its {steps} steps: run the command "
+    if totals.step < steps:
+        raise ValueError(f"{where}: is trained for {totals.step} of its {steps} steps: run the command "
                          "that trains it to its end")
     theirs, ours = ({jax.tree_util.keystr(k): tuple(x.shape) for k, x in
                      jax.tree_util.tree_leaves_with_path(tree)} for tree in (params, template))

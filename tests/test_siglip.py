@@ -65,7 +65,8 @@ def exported(name, params, model, folder):
         np.savez(folder / "out.npz", **write_siglip.to_big_vision(params, model))
         return folder / "out.npz"
     shutil.copy(FOLDER / "config.json", folder)
-    write_siglip.write_safetensors(folder / "out.safetensors", write_siglip.to_hugging_face(params, model))
+    write_siglip.write_safetensors(folder / "out.safetensors",
+                                   write_siglip.to_hugging_face(params, model))
     return folder
 
 

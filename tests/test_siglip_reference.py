@@ -54,7 +54,8 @@ def weights(params, tmp_path_factory):
     """A directory with the model as Hugging Face's files and as big_vision's, its tokenizer, and
     the module that stands in for sentencepiece."""
     folder = tmp_path_factory.mktemp("weights")
-    write_siglip.write_safetensors(folder / "model.safetensors", write_siglip.to_hugging_face(params, MODEL))
+    write_siglip.write_safetensors(folder / "model.safetensors",
+                                   write_siglip.to_hugging_face(params, MODEL))
     heads = {"num_attention_heads": 2}
     (folder / "config.json").write_text(json.dumps({"text_config": heads, "vision_config": heads}))
     np.savez(folder / "model.npz", **write_siglip.to_big_vision(params, MODEL))
@@ -365,7 +366,7 @@ def test_what_cannot_be_a_reference_is_refused_before_any_work(weights, params, 
     shutil.copy(weights / "config.json", tmp_path)
     tensors = siglip.read_safetensors(good)
     write_siglip.write_safetensors(bad["clip"], {k: v for k, v in tensors.items()
-                                           if "vision_model.head" not in k})
+                                                 if "vision_model.head" not in k})
     name = "vision_model.embeddings.patch_embedding.weight"
     write_siglip.write_safetensors(bad["naflex"], {**tensors, name: tensors[name].reshape(16, -1)})
     (tmp_path / "big.model").write_text("tiny 32000")
